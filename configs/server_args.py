@@ -1,0 +1,103 @@
+"""`ServerArgs`: the one model behind the command line's flags, the YAML's `args` and Python."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from configs.parallel import ParallelDims
+
+Device = Literal["auto", "cuda", "cpu"]
+Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+class ServerArgs(BaseModel):
+    """Everything a server is started with. Unknown keys are errors. Names and meanings are SGLang Diffusion's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model_path: str | None = Field(
+        None,
+        description="Diffusers model: a local folder or a Hugging Face repo id. Left out: the small bundled model.",
+    )
+    served_model_name: str | None = Field(None, description="Model id in the API. Left out: the model path.")
+    host: str = Field("127.0.0.1", description="Address the HTTP server listens on.")
+    port: int = Field(30000, ge=1, le=65535, description="Port the HTTP server listens on.")
+    public_url: str | None = Field(
+        None, description="Base URL clients reach the server at; makes the URLs in answers absolute."
+    )
+
+    num_gpus: int = Field(1, ge=1, description="Ranks in all. Without CUDA they are CPU processes over gloo.")
+    dp_size: int = Field(1, ge=1, description="Engine replicas, each with num_gpus / dp_size ranks.")
+    sp_degree: int | None = Field(None, ge=1, description="Sequence-parallel ranks: ulysses_degree * ring_degree.")
+    ulysses_degree: int | None = Field(None, ge=1, description="Ulysses (all-to-all over heads) degree.")
+    ring_degree: int | None = Field(None, ge=1, description="Ring attention degree.")
+    enable_cfg_parallel: bool = Field(
+        False, description="Run the two branches of classifier-free guidance on different ranks."
+    )
+
+    device: Device = Field("auto", description="Where the ranks compute; auto takes CUDA where there is one.")
+    dtype: Dtype = Field(
+        "auto", description="Precision of every component; auto is bf16 where the hardware multiplies it natively."
+    )
+    attention_backend: str | None = Field(
+        None, description="Local attention kernel of a single-rank gang, by its diffusers name (native, flash, sage, …)."
+    )
+    enable_torch_compile: bool = Field(False, description="Compile the transformer's repeated blocks.")
+    text_encoder_cpu_offload: bool = Field(False, description="Keep text encoders in host memory between uses.")
+    vae_cpu_offload: bool = Field(False, description="Keep the VAE in host memory between uses.")
+    dit_cpu_offload: bool = Field(False, description="Keep the diffusion transformer in host memory between jobs.")
+    dit_layerwise_offload: bool = Field(
+        False, description="Stream the diffusion transformer's layers from host memory, one block ahead."
+    )
+    pin_cpu_memory: bool = Field(True, description="Pin the host memory of offloaded components.")
+
+    lora_path: str | None = Field(
+        None, description="Adapter merged at start: a .safetensors file, a folder or a Hugging Face repo id."
+    )
+    lora_nickname: str = Field("default", min_length=1, description="Nickname of the adapter merged at start.")
+    lora_scale: float = Field(1.0, description="Strength of the adapter merged at start.")
+    lora_switch: Literal["refuse", "auto"] = Field(
+        "refuse",
+        description="What set_lora does while another adapter is merged: refuse with 409, or switch to the new one.",
+    )
+    lora_cache_bytes: int = Field(
+        4 * 2**30, ge=0, description="Host memory for loaded adapters; the least recently used go first."
+    )
+
+    output_path: str = Field("outputs", description="Where images and videos are kept: a folder or an fsspec URL.")
+    state_path: str = Field("outputs/jobs.sqlite3", description="SQLite file that holds the video jobs.")
+    num_cpus_per_rank: float = Field(
+        0.1, gt=0, description="CPUs each rank reserves in Ray (scheduling only; threads follow the machine)."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Level of the server's log.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_means_absent(cls, values: Any) -> Any:  # noqa: ANN401
+        """YAML writes an unset key as `key:`, which reads as null: the default then."""
+        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _degrees_agree(self) -> ServerArgs:
+        _ = self.parallel
+        return self
+
+    @model_validator(mode="after")
+    def _offloads_agree(self) -> ServerArgs:
+        if self.dit_cpu_offload and self.dit_layerwise_offload:
+            raise ValueError("dit_cpu_offload and dit_layerwise_offload exclude each other: choose one")
+        return self
+
+    @property
+    def parallel(self) -> ParallelDims:
+        """The parallel axes. Raises `ValueError` with the equation when they do not multiply to `num_gpus`."""
+        return ParallelDims.resolve(
+            self.num_gpus,
+            dp_size=self.dp_size,
+            enable_cfg_parallel=self.enable_cfg_parallel,
+            sp_degree=self.sp_degree,
+            ulysses_degree=self.ulysses_degree,
+            ring_degree=self.ring_degree,
+        )

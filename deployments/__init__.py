@@ -1,0 +1,1 @@
+"""The server: Ray Serve deployments, the rank actors and the HTTP API."""

@@ -1,0 +1,1 @@
+"""The HTTP resources, one file each, and the wire models they share."""
