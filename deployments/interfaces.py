@@ -1,0 +1,154 @@
+"""What the HTTP API needs of the rest of the server, as two protocols and the values that cross them.
+
+The engine computes jobs; the state actor remembers videos, stored content and adapters. The API is written against
+these protocols alone; `deployments/app.py` gives it the Serve handle and the actor behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal, Protocol
+
+from configs.model_family import ModelCard
+from pipelines.job import Event, Job, LoRASpec, Media
+
+
+class VideoStatus(StrEnum):
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class VideoError:
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video job as it stands."""
+
+    job: Job
+    """Its id is the video's id."""
+    model: str
+    status: VideoStatus
+    progress: int
+    """Whole percent of denoising steps done: below 100 until the file can be downloaded."""
+    created_at: int
+    """Unix seconds, as are the next two."""
+    completed_at: int | None = None
+    expires_at: int | None = None
+    error: VideoError | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
+    """Seconds by stage (queue, encode, denoise, decode, media) of a completed job."""
+
+
+@dataclass(frozen=True)
+class VideoPage:
+    videos: tuple[Video, ...]
+    has_more: bool
+
+
+Variant = Literal["video", "thumbnail", "spritesheet"]
+
+
+@dataclass(frozen=True)
+class Content:
+    """A stored file, to be read in ranges."""
+
+    key: str
+    """What `State.read` takes. Never a path, never shown to a client."""
+    size: int
+    media_type: str
+    filename: str
+    """Name offered to the client for the download."""
+
+
+@dataclass(frozen=True)
+class LoRARequest:
+    """One adapter as a client names it."""
+
+    nickname: str
+    path: str | None = None
+    """File, folder or Hugging Face repo id; None for a nickname that was loaded before."""
+    strength: float = 1.0
+    target: tuple[str, ...] = ("all",)
+
+
+@dataclass(frozen=True)
+class LoadedLoRA:
+    nickname: str
+    path: str
+    num_bytes: int
+    rank: int
+    """The largest rank among its layers."""
+
+
+@dataclass(frozen=True)
+class LoRAStatus:
+    loaded: tuple[LoadedLoRA, ...]
+    set: tuple[LoRASpec, ...]
+    """The composition given by the last `set_lora`: what `merge_lora_weights` re-applies."""
+    merged: bool
+    """Whether new jobs are given that composition."""
+    replicas: Mapping[str, tuple[LoRASpec, ...]]
+    """What is merged into the weights of each engine replica right now."""
+
+
+class Engine(Protocol):
+    """Computes jobs. Any method may raise `APIError`."""
+
+    async def card(self) -> ModelCard:
+        """The served model. Raises `APIError` 503 while it still loads."""
+
+    def generate(self, job: Job, media: Media, *, progress: bool) -> AsyncIterator[Event]:
+        """Compute `job`; the last event is its `Result`. With `progress`, every step gives a `Progress` too.
+
+        Closing the iterator (or cancelling the task that reads it) frees the ranks within one denoising step.
+        Raises `InvalidJob` for what only the pipeline itself could refuse.
+        """
+
+    async def ready(self) -> None:
+        """Return once every rank has answered. Raises `APIError` 503 that says what is wrong."""
+
+
+class State(Protocol):
+    """Remembers. Any method may raise `APIError`: 404 for an unknown id, for instance."""
+
+    async def create_video(self, job: Job, media: Media, model: str, idempotency_key: str | None = None) -> Video:
+        """Persist a job as queued and see that it runs. The same idempotency key gives the same video."""
+
+    async def get_video(self, video_id: str) -> Video: ...
+
+    async def list_videos(self, after: str | None, limit: int, order: Literal["asc", "desc"]) -> VideoPage: ...
+
+    async def delete_video(self, video_id: str) -> None:
+        """Stop the job if it is queued or running; delete its record and its files."""
+
+    async def video_content(self, video_id: str, variant: Variant, index: int = 0) -> Content:
+        """Raises `APIError` 404 while the job is unfinished, and for a failed one with the reason."""
+
+    async def store_image(self, job: Job, outputs: Sequence[bytes]) -> None: ...
+
+    async def image_content(self, image_id: str, index: int = 0) -> Content: ...
+
+    async def read(self, key: str, offset: int, length: int) -> bytes: ...
+
+    async def set_lora(self, requests: Sequence[LoRARequest]) -> LoRAStatus:
+        """Load, validate, merge on every replica and make default for new jobs. One `LoRARequest` per adapter of the
+        composition. Raises `APIError` 409 while another is merged (unless `lora_switch` is `auto`), 4xx for a bad
+        adapter; what was active stays."""
+
+    async def merge_lora(self, strength: float | None = None, target: tuple[str, ...] | None = None) -> LoRAStatus:
+        """Re-apply what was set, at the strengths it was set with unless given here."""
+
+    async def unmerge_lora(self, target: tuple[str, ...] | None = None) -> LoRAStatus: ...
+
+    async def list_loras(self) -> LoRAStatus: ...
+
+    async def lora_for_job(self, requests: Sequence[LoRARequest] | None) -> tuple[LoRASpec, ...]:
+        """The adapters a new job runs with: those it asks for, loaded if need be, or (None) the default."""
