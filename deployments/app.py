@@ -1,0 +1,88 @@
+"""`build(args)`: the whole graph in one place. The command line, `serve run` and KubeRay all start from here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from configs.server_args import ServerArgs
+from deployments.clients import EngineClient, StateClient
+from deployments.engine import Engine
+from deployments.ingress import create_app
+from deployments.state import APPLICATION, state_actor
+
+ENGINE_CPUS = 0.1
+"""CPUs the engine replica reserves: it only waits for its ranks."""
+
+LONGEST_JOB_SECONDS = 2 * 3600.0
+"""How long a replica that is being replaced may take to finish its job."""
+
+
+class Ingress:
+    """The HTTP side: FastAPI over the engine's handle and the state actor. Holds no state, imports no torch."""
+
+    def __init__(self, args: ServerArgs, engine: DeploymentHandle):
+        self.args = args
+        self.engine = EngineClient(engine)
+        self.state = StateClient(state_actor(args))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: N807, PLW3201 - Serve's name for it
+        return create_app(self.args, self.engine, self.state)
+
+
+def build(args: ServerArgs) -> Application:
+    """The Serve application: Ingress -> Engine (`dp_size` replicas), and the state actor beside them."""
+    args = settle(args)
+    engine = serve.deployment(Engine, name="Engine", **engine_options(args)).bind(args)
+    ingress = serve.deployment(
+        serve.ingress()(Ingress), name="Ingress", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.1}
+    )
+    return ingress.bind(args, engine)
+
+
+def settle(args: ServerArgs) -> ServerArgs:
+    """Decide what depends on this cluster: the device, and where relative paths start."""
+    device = args.device
+    if device == "auto":
+        device = "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+    local = {name: str(Path(path).absolute()) for name, path in _local_paths(args).items()}
+    return args.model_copy(update={"device": device, **local})
+
+
+def _local_paths(args: ServerArgs) -> dict[str, str]:
+    """The arguments that name something in the local file system. A repo id or a URL stays as it is."""
+    paths = {"state_path": args.state_path}
+    if "://" not in args.output_path:
+        paths["output_path"] = args.output_path
+    for name in ("model_path", "lora_path"):
+        value = getattr(args, name)
+        if value is not None and Path(value).exists():
+            paths[name] = value
+    return paths
+
+
+def engine_options(args: ServerArgs) -> dict[str, Any]:
+    """Serve options of the Engine: one bundle per rank; the replica itself lives in the first."""
+    accelerator = {"GPU": 1} if args.device == "cuda" else {}
+    rank = {"CPU": args.num_cpus_per_rank, **accelerator}
+    bundles = [dict(rank) for _ in range(args.parallel.gang_size)]
+    bundles[0]["CPU"] += ENGINE_CPUS
+    return {
+        "num_replicas": args.dp_size,
+        "max_ongoing_requests": 1000,
+        "ray_actor_options": {"num_cpus": ENGINE_CPUS},
+        "placement_group_bundles": bundles,
+        # Falls back to several nodes when no single one has room for the gang.
+        "placement_group_strategy": "PACK",
+        "health_check_period_s": 2,
+        "health_check_timeout_s": 30,
+        "graceful_shutdown_timeout_s": LONGEST_JOB_SECONDS,
+        # The reason a model cannot be loaded does not go away by trying again.
+        "max_constructor_retry_count": 1,
+    }

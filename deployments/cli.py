@@ -1,0 +1,125 @@
+"""The command line: `ditserve serve` and `ditserve generate` (installed as `sglang` too)."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from configs.server_args import ServerArgs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and give its exit status: 0 done, 1 failed, 2 wrongly called."""
+    parser = argparse.ArgumentParser(prog="ditserve", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="start the server", formatter_class=_Formatter)
+    add_flags(serve)
+    serve.add_argument("--print-config", action="store_true", help="print the equivalent serve_config.yaml and exit")
+    serve.set_defaults(run=_serve)
+    arguments = vars(parser.parse_args(argv))
+    run = arguments.pop("run")
+    del arguments["command"]
+    try:
+        return run(**arguments)
+    except ValidationError as error:
+        print(f"ditserve: {_flag_errors(error)}", file=sys.stderr)
+        return 2
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.MetavarTypeHelpFormatter):
+    """Shows types and defaults."""
+
+
+def add_flags(parser: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
+    """One flag per field of `ServerArgs` (or per one named in `only`): `num_gpus` becomes `--num-gpus`."""
+    for name, info in ServerArgs.model_fields.items():
+        if only is None or name in only:
+            parser.add_argument(
+                f"--{name.replace('_', '-')}", help=info.description, default=info.default, **_reading(info)
+            )
+
+
+def _reading(info: FieldInfo) -> dict[str, Any]:
+    """How argparse reads a field. A truth value is a bare `--flag`, or `--flag true|false` as in SGLang."""
+    kinds = [kind for kind in get_args(info.annotation) if kind is not type(None)]
+    if get_origin(info.annotation) is Literal:
+        return {"choices": kinds, "type": str}
+    kind = kinds[0] if kinds else info.annotation
+    if kind is bool:
+        return {"type": _truth, "nargs": "?", "const": True, "metavar": "true|false"}
+    return {"type": kind}
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return text.lower() == "true"
+
+
+def _flag_errors(error: ValidationError) -> str:
+    """Pydantic's findings in the words of the command line."""
+    return "; ".join(
+        f"--{str(found['loc'][0]).replace('_', '-')}: {found['msg']}" if found["loc"] else str(found["ctx"]["error"])
+        for found in error.errors()
+    )
+
+
+def _serve(print_config: bool, **flags: Any) -> int:  # noqa: ANN401
+    from deployments.cluster import StartFailed, served
+
+    args = ServerArgs(**flags)
+    if print_config:
+        print(serve_config(args), end="")
+        return 0
+    stop = threading.Event()
+
+    def request_stop(signum: int, frame: FrameType | None) -> None:
+        if stop.is_set() or not ready:
+            raise KeyboardInterrupt
+        stop.set()
+
+    ready = False
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, request_stop)
+    try:
+        with served(args):
+            ready = True
+            print(_ready_line(args), flush=True)
+            stop.wait()
+            print("ditserve is stopping", flush=True)
+    except StartFailed as failed:
+        print(f"ditserve: {failed}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _ready_line(args: ServerArgs) -> str:
+    return f"ditserve is ready: http://{args.host}:{args.port}/v1 (API page: /docs)"
+
+
+def serve_config(args: ServerArgs) -> str:
+    """The YAML with which `serve run` gives the same server."""
+    from deployments.cluster import FIXED_PROXY_ENVIRONMENT
+    from deployments.state import APPLICATION
+
+    set_args = args.model_dump(exclude_defaults=True, exclude={"host", "port"})
+    config = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": args.host, "port": args.port, "keep_alive_timeout_s": 90},
+        "controller_options": {"runtime_env": {"env_vars": FIXED_PROXY_ENVIRONMENT}},
+        "applications": [
+            {"name": APPLICATION, "route_prefix": "/", "import_path": "deployments.app:build", "args": set_args}
+        ],
+    }
+    return yaml.safe_dump(config, sort_keys=False)

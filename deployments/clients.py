@@ -1,0 +1,88 @@
+"""The protocols of `deployments.interfaces`, spoken over Ray: a Serve handle and the state actor's handle."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.handle import DeploymentHandle
+
+from configs.model_family import ModelCard
+from deployments.errors import APIError
+from deployments.adapters import LoadedAdapter
+from pipelines.job import Event, Job, Media
+
+PATIENCE_SECONDS = 5.0
+"""How long a question to the engine may wait before it counts as not ready. OpenAI's client gives up connecting
+after 5 s, so an answer must come by then."""
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raise what the other process raised, and 503 when the process is gone."""
+    try:
+        yield
+    except RayTaskError as error:
+        raise error.cause from None
+    except RayActorError:
+        raise APIError(
+            503, "A part of the server is restarting; try again.", code="restarting", headers={"Retry-After": "2"}
+        ) from None
+
+
+class EngineClient:
+    """`interfaces.Engine` over the Engine deployment's handle."""
+
+    def __init__(self, handle: DeploymentHandle):
+        self._handle = handle
+        self._streaming = handle.options(stream=True)
+        self._card: ModelCard | None = None
+
+    async def card(self) -> ModelCard:
+        if self._card is None:
+            self._card = await self._soon(self._handle.card.remote())
+        return self._card
+
+    async def ready(self) -> None:
+        await self._soon(self._handle.ready.remote())
+
+    async def generate(self, job: Job, media: Media, *, progress: bool) -> AsyncIterator[Event]:
+        events = self._streaming.generate.remote(job, dict(media), progress)
+        try:
+            with _plain_errors():
+                async for event in events:
+                    yield event
+        finally:
+            events.cancel()
+
+    async def load_lora(self, path: str) -> LoadedAdapter:
+        with _plain_errors():
+            return await self._handle.load_lora.remote(path)
+
+    async def _soon(self, response: Any) -> Any:  # noqa: ANN401 - Serve's responses have no type
+        try:
+            with _plain_errors():
+                return await asyncio.wait_for(response, PATIENCE_SECONDS)
+        except TimeoutError:
+            raise APIError(
+                503, "The engine is not ready: it is still loading.", code="not_ready", headers={"Retry-After": "5"}
+            ) from None
+
+
+class StateClient:
+    """`interfaces.State` over the state actor's handle: every method is the actor's method of that name."""
+
+    def __init__(self, actor: Any):  # noqa: ANN401 - Ray's handles have no type
+        self._actor = actor
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        remote = getattr(self._actor, name).remote
+
+        async def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            with _plain_errors():
+                return await remote(*args, **kwargs)
+
+        return call

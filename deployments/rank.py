@@ -1,0 +1,142 @@
+"""One rank of a gang: a Ray actor that holds its shard of the work and runs jobs in lock step with the others.
+
+Every rank executes the same job; rank 0 leads. At each denoising step's end rank 0 decides whether the job goes on and
+one small broadcast makes all ranks act alike. A rank never decides for itself: that would leave the others inside a
+collective.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import ray
+
+from configs.model_family import ModelCard
+from configs.server_args import ServerArgs
+from pipelines.job import Event, InvalidJob, Job, LoRASpec, Media, Progress
+
+if TYPE_CHECKING:
+    from lora.merge import Merger
+    from pipelines.load import Model
+    from pipelines.parallel.mesh import Mesh
+
+logger = logging.getLogger(__name__)
+
+GO_ON, STOP = 0, 1
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits inside a collective. Rank 0 decodes and encodes alone while the others are already done, so
+this bounds a denoising step, not a job; a dead or hung rank is noticed from outside, long before."""
+
+
+class Stopped(Exception):
+    """The job was stopped between two steps, on every rank."""
+
+
+class JobFailed(Exception):
+    """The pipeline failed. Only the message crosses to the engine: the original class may need torch to be read."""
+
+
+class Rank:
+    """The actor. Calls run one at a time, except those of the `control` concurrency group.
+
+    torch and diffusers are imported in `load`, so that the engine can name this class without loading them.
+    """
+
+    def __init__(self, args: ServerArgs, rank: int, ranks_on_node: int):
+        self.args = args
+        self.rank = rank
+        self.ranks_on_node = ranks_on_node
+        self.model: Model
+        self.merger: Merger
+        self.mesh: Mesh | None = None
+        self._stopped: set[str] = set()
+
+    @ray.method(concurrency_group="control")
+    def rendezvous(self) -> str:
+        """Where the gang meets: an address on this rank's node with a port that is free now."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return f"tcp://{host}:{probe.getsockname()[1]}"
+
+    def load(self, init_method: str | None) -> ModelCard:
+        """Join the gang (when there is more than one rank) and load the model onto this rank's device.
+
+        Raises:
+            ValueError: the model cannot be loaded or cannot be sharded; the message is for the user.
+        """
+        import torch
+
+        from lora.merge import Merger
+        from pipelines.load import load_model, resolve_device
+        from pipelines.parallel.mesh import Mesh
+
+        # Ray sets OMP_NUM_THREADS from num_cpus, which is a scheduling fraction here: share the cores instead.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.ranks_on_node))
+        if init_method is not None:
+            self.mesh = Mesh.create(
+                self.args.parallel, self.rank, resolve_device(self.args.device), init_method, COLLECTIVE_TIMEOUT
+            )
+        self.model = load_model(self.args, self.mesh)
+        self.merger = Merger(self.model.transformers)
+        return self.model.card
+
+    def lead(self, job: Job, media: Media, progress: bool) -> Iterator[Event]:
+        """Rank 0's part of a job: give its events, the last of which is its `Result`."""
+        for event in self._steps(job, media):
+            if progress or not isinstance(event, Progress):
+                yield event
+
+    def follow(self, job: Job, media: Media) -> None:
+        """The other ranks' part of a job."""
+        for _ in self._steps(job, media):
+            pass
+
+    def _steps(self, job: Job, media: Media) -> Iterator[Event]:
+        from pipelines.generation import generate
+
+        generation = generate(self.model, job, media)
+        try:
+            for event in generation:
+                if isinstance(event, Progress) and self._agree(STOP if job.id in self._stopped else GO_ON) == STOP:
+                    raise Stopped(job.id)
+                yield event
+        except (InvalidJob, Stopped):
+            raise
+        except Exception as error:
+            logger.exception("job %s failed", job.id)
+            raise JobFailed(f"{type(error).__name__}: {error}") from None
+        finally:
+            generation.close()
+            # A stop for this job that comes too late must not outlive it.
+            self._stopped.clear()
+
+    def _agree(self, decision: int) -> int:
+        return decision if self.mesh is None else self.mesh.agree(decision)
+
+    @ray.method(concurrency_group="control")
+    def stop(self, job_id: str) -> None:
+        """Stop the running job at the end of its current step. Only rank 0 need be told."""
+        self._stopped.add(job_id)
+
+    def merge(self, composition: Sequence[LoRASpec], factors: Mapping[str, bytes]) -> None:
+        """Make `composition` what is merged into the weights; an empty one restores the base weights."""
+        from lora.load import Factors
+
+        if not composition:
+            self.merger.restore()
+            return
+        self.merger.merge(
+            [(Factors.from_bytes(factors[spec.identity]), spec.strength, spec.target) for spec in composition]
+        )
+
+    @ray.method(concurrency_group="control")
+    def ping(self) -> int:
+        """Answer, to show that the process lives, also while it computes."""
+        return self.rank
