@@ -42,7 +42,8 @@ class ServerArgs(BaseModel):
         "auto", description="Precision of every component; auto is bf16 where the hardware multiplies it natively."
     )
     attention_backend: str | None = Field(
-        None, description="Local attention kernel of a single-rank gang, by its diffusers name (native, flash, sage, …)."
+        None,
+        description="Local attention kernel of a single-rank gang, by its diffusers name (native, flash, sage, …).",
     )
     enable_torch_compile: bool = Field(False, description="Compile the transformer's repeated blocks.")
     text_encoder_cpu_offload: bool = Field(False, description="Keep text encoders in host memory between uses.")

@@ -1,0 +1,58 @@
+"""Tiny pipelines of every family, built in code in milliseconds: the same random weights every time.
+
+`build` gives one in memory; `save` writes one where `DiffusionPipeline.from_pretrained` finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from pipelines.bundled import make_directory_once
+from pipelines.bundled.builder import randomize
+from tests.tiny_models import images, wan
+
+BUILDERS: Mapping[str, Callable[[], DiffusionPipeline]] = {
+    "wan2.1-t2v": wan.text_to_video_21,
+    "wan2.1-i2v": wan.image_to_video_21,
+    "wan2.2-t2v": wan.text_to_video_22,
+    "wan2.2-i2v": wan.image_to_video_22,
+    "wan2.2-ti2v": wan.text_image_to_video_22,
+    "flux1": images.flux1,
+    "flux1-kontext": images.flux1_kontext,
+    "flux2": images.flux2,
+    "flux2-klein": images.flux2_klein,
+    "qwen-image": images.qwen_image,
+    "qwen-image-edit": images.qwen_image_edit,
+    "qwen-image-edit-plus": images.qwen_image_edit_plus,
+    "z-image": images.z_image,
+    "sd3": images.sd3,
+    "stable-diffusion": images.stable_diffusion,
+}
+UNKNOWN_FAMILY = "stable-diffusion"
+"""The one model above that belongs to no family of `configs/models/`."""
+FAMILIES = tuple(name for name in BUILDERS if name != UNKNOWN_FAMILY)
+
+
+def build(family_name: str) -> DiffusionPipeline:
+    """The family's tiny pipeline, on the CPU in float32. Leaves the global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline = BUILDERS[family_name]()
+        for component in pipeline.components.values():
+            if isinstance(component, torch.nn.Module):
+                randomize(component)
+    return pipeline
+
+
+def save(family_name: str, directory: Path | str) -> Path:
+    """Write the family's tiny pipeline to `directory/family_name` unless it is there, and return that path.
+
+    Any number of processes may call it at once.
+    """
+    return make_directory_once(
+        Path(directory, family_name), lambda private: build(family_name).save_pretrained(private)
+    )

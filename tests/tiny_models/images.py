@@ -1,0 +1,221 @@
+"""Tiny pipelines of the image families, and one of a family that the server does not know."""
+
+from __future__ import annotations
+
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+    FluxKontextPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+
+from pipelines.bundled.builder import byte_tokenizer
+from tests.tiny_models import text
+
+BLOCKS = 4
+"""Resolutions of an image VAE: 8x spatial compression."""
+
+
+def vae(latent_channels: int = 16) -> AutoencoderKL:
+    """The 16-channel VAE that FLUX.1, Z-Image and SD3 share but for its scales."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * BLOCKS,
+        up_block_types=("UpDecoderBlock2D",) * BLOCKS,
+        block_out_channels=(8, 8, 16, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    )
+
+
+def dynamic_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Shifts its sigmas by the number of tokens, as FLUX and Qwen-Image do."""
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+
+
+def static_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+def flux1_components() -> dict[str, object]:
+    return {
+        "scheduler": dynamic_scheduler(),
+        "vae": vae(),
+        "text_encoder": text.clip_text_encoder(),
+        "tokenizer": text.clip_tokenizer(),
+        "text_encoder_2": text.t5_encoder(),
+        "tokenizer_2": byte_tokenizer(),
+        "transformer": FluxTransformer2DModel(
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=4,
+            joint_attention_dim=text.DIM,
+            pooled_projection_dim=text.DIM,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
+        ),
+    }
+
+
+def flux1() -> FluxPipeline:
+    return FluxPipeline(**flux1_components())
+
+
+def flux1_kontext() -> FluxKontextPipeline:
+    return FluxKontextPipeline(**flux1_components())
+
+
+def flux2_transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
+    return Flux2Transformer2DModel(
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=3 * text.DIM,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+
+
+def flux2_vae() -> AutoencoderKLFlux2:
+    return AutoencoderKLFlux2(block_out_channels=(8, 8, 16, 16), norm_num_groups=4, layers_per_block=1)
+
+
+def flux2() -> Flux2Pipeline:
+    return Flux2Pipeline(
+        scheduler=dynamic_scheduler(),
+        vae=flux2_vae(),
+        text_encoder=text.mistral3(),
+        tokenizer=text.pixtral_processor(),
+        transformer=flux2_transformer(guidance_embeds=True),
+    )
+
+
+def flux2_klein() -> Flux2KleinPipeline:
+    return Flux2KleinPipeline(
+        scheduler=dynamic_scheduler(),
+        vae=flux2_vae(),
+        text_encoder=text.qwen3_language_model(),
+        tokenizer=text.chat_tokenizer(),
+        transformer=flux2_transformer(guidance_embeds=False),
+        is_distilled=True,
+    )
+
+
+def qwen_image_components(zero_cond_t: bool = False) -> dict[str, object]:
+    return {
+        "scheduler": dynamic_scheduler(),
+        "vae": AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1),
+        "text_encoder": text.qwen25_vl(),
+        "tokenizer": text.chat_tokenizer(),
+        "transformer": QwenImageTransformer2DModel(
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=4,
+            joint_attention_dim=text.DIM,
+            axes_dims_rope=(4, 6, 6),
+            zero_cond_t=zero_cond_t,
+        ),
+    }
+
+
+def qwen_image() -> QwenImagePipeline:
+    return QwenImagePipeline(**qwen_image_components())
+
+
+def qwen_image_edit() -> QwenImageEditPipeline:
+    return QwenImageEditPipeline(**qwen_image_components(), processor=text.qwen_processor())
+
+
+def qwen_image_edit_plus() -> QwenImageEditPlusPipeline:
+    """As Qwen-Image-Edit-2511, whose reference images are modulated as noiseless."""
+    return QwenImageEditPlusPipeline(**qwen_image_components(zero_cond_t=True), processor=text.qwen_processor())
+
+
+def z_image() -> ZImagePipeline:
+    """6 heads, which no 4 ranks divide, for the 30 of the real one."""
+    return ZImagePipeline(
+        scheduler=static_scheduler(),
+        vae=vae(),
+        text_encoder=text.qwen3_model(),
+        tokenizer=text.chat_tokenizer(),
+        transformer=ZImageTransformer2DModel(
+            dim=96,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=6,
+            n_kv_heads=6,
+            cap_feat_dim=text.DIM,
+            axes_dims=[4, 6, 6],
+        ),
+    )
+
+
+def sd3() -> StableDiffusion3Pipeline:
+    """As SD 3.5: normalised queries and keys, and a second attention over the image alone in the first layer."""
+    return StableDiffusion3Pipeline(
+        scheduler=static_scheduler(),
+        vae=vae(),
+        text_encoder=text.clip_text_encoder_with_projection(16),
+        tokenizer=text.clip_tokenizer(),
+        text_encoder_2=text.clip_text_encoder_with_projection(16),
+        tokenizer_2=text.clip_tokenizer(),
+        text_encoder_3=text.t5_encoder(),
+        tokenizer_3=byte_tokenizer(),
+        transformer=SD3Transformer2DModel(
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=4,
+            joint_attention_dim=text.DIM,
+            caption_projection_dim=64,
+            pooled_projection_dim=text.DIM,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
+    )
+
+
+def stable_diffusion() -> StableDiffusionPipeline:
+    """A U-Net, of no family that the server knows."""
+    return StableDiffusionPipeline(
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        vae=vae(latent_channels=4),
+        text_encoder=text.clip_text_encoder(),
+        tokenizer=text.clip_tokenizer(),
+        unet=UNet2DConditionModel(
+            block_out_channels=(16, 32),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=text.DIM,
+            attention_head_dim=8,
+            norm_num_groups=8,
+            sample_size=8,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

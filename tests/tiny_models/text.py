@@ -1,0 +1,198 @@
+"""Tiny text and vision encoders, tokenizers and processors, as each family's pipeline expects them."""
+
+from __future__ import annotations
+
+import transformers
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessorPil,
+    PixtralProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+from pipelines.bundled.builder import byte_tokenizer
+
+DIM = 32
+"""Width of every encoder."""
+PAD, END = 0, 1
+"""Ids that `byte_tokenizer` gives `<pad>` and `</s>`."""
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+PIXTRAL_CHAT = (
+    "{% for message in messages %}[{{ message.role }}]{% for part in message.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% else %}[IMG]{% endif %}{% endfor %}{% endfor %}"
+)
+PIXTRAL_TOKENS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer(CHATML_TOKENS, model_max_length=2048)
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def t5_encoder() -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=len(byte_tokenizer()), d_model=DIM, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    )
+
+
+def umt5_encoder() -> UMT5EncoderModel:
+    return UMT5EncoderModel(
+        UMT5Config(vocab_size=len(byte_tokenizer()), d_model=DIM, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    )
+
+
+def clip_config(width: int = DIM) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(byte_tokenizer()),
+        hidden_size=width,
+        projection_dim=width,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        pad_token_id=PAD,
+        bos_token_id=PAD,
+        eos_token_id=END,
+    )
+
+
+def clip_tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer(model_max_length=77)
+
+
+def clip_text_encoder() -> CLIPTextModel:
+    return CLIPTextModel(clip_config())
+
+
+def clip_text_encoder_with_projection(width: int) -> CLIPTextModelWithProjection:
+    return CLIPTextModelWithProjection(clip_config(width))
+
+
+def clip_vision() -> tuple[CLIPVisionModel, CLIPImageProcessorPil]:
+    """16 patches and a class token, where the real one has 257."""
+    size = 32
+    encoder = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=DIM,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=size,
+            patch_size=8,
+        )
+    )
+    return encoder, CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def qwen3_config(num_layers: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=len(chat_tokenizer()),
+        hidden_size=DIM,
+        intermediate_size=64,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        bos_token_id=None,
+        eos_token_id=END,
+    )
+
+
+def qwen3_model() -> Qwen3Model:
+    return Qwen3Model(qwen3_config(num_layers=2))
+
+
+def qwen3_language_model() -> Qwen3ForCausalLM:
+    """FLUX.2 klein reads the hidden states of layers 9, 18 and 27, so it needs 27."""
+    return Qwen3ForCausalLM(qwen3_config(num_layers=27))
+
+
+def qwen25_vl() -> Qwen2_5_VLForConditionalGeneration:
+    token_id = chat_tokenizer().convert_tokens_to_ids
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": len(chat_tokenizer()),
+                "hidden_size": DIM,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                # Time, height and width share the 8 frequencies of a 16-wide head.
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+                "bos_token_id": None,
+                "eos_token_id": END,
+            },
+            vision_config={
+                "depth": 2,
+                "hidden_size": DIM,
+                "out_hidden_size": DIM,
+                "intermediate_size": 64,
+                "num_heads": 2,
+                "fullatt_block_indexes": [1],
+            },
+            image_token_id=token_id("<|image_pad|>"),
+            video_token_id=token_id("<|video_pad|>"),
+            vision_start_token_id=token_id("<|vision_start|>"),
+            vision_end_token_id=token_id("<|vision_end|>"),
+        )
+    )
+
+
+def qwen_processor() -> Qwen2VLProcessor:
+    return Qwen2VLProcessor(image_processor=Qwen2VLImageProcessorPil(), tokenizer=chat_tokenizer())
+
+
+def mistral3() -> Mistral3ForConditionalGeneration:
+    """FLUX.2 reads the hidden states of layers 10, 20 and 30, so it needs 30."""
+    return Mistral3ForConditionalGeneration(
+        Mistral3Config(
+            text_config=transformers.MistralConfig(
+                vocab_size=len(byte_tokenizer(PIXTRAL_TOKENS)),
+                hidden_size=DIM,
+                intermediate_size=64,
+                num_hidden_layers=30,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=16,
+                bos_token_id=None,
+                eos_token_id=END,
+            ),
+            vision_config=transformers.PixtralVisionConfig(
+                hidden_size=DIM, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=64
+            ),
+            image_token_index=byte_tokenizer(PIXTRAL_TOKENS).convert_tokens_to_ids("[IMG]"),
+        )
+    )
+
+
+def pixtral_processor() -> PixtralProcessor:
+    return PixtralProcessor(
+        image_processor=PixtralImageProcessorPil(),
+        tokenizer=byte_tokenizer(PIXTRAL_TOKENS, model_max_length=2048),
+        chat_template=PIXTRAL_CHAT,
+    )
