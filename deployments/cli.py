@@ -110,14 +110,14 @@ def _ready_line(args: ServerArgs) -> str:
 
 def serve_config(args: ServerArgs) -> str:
     """The YAML with which `serve run` gives the same server."""
-    from deployments.cluster import FIXED_PROXY_ENVIRONMENT
+    from deployments.cluster import PROXY_ENVIRONMENT
     from deployments.state import APPLICATION
 
     set_args = args.model_dump(exclude_defaults=True, exclude={"host", "port"})
     config = {
         "proxy_location": "HeadOnly",
         "http_options": {"host": args.host, "port": args.port, "keep_alive_timeout_s": 90},
-        "controller_options": {"runtime_env": {"env_vars": FIXED_PROXY_ENVIRONMENT}},
+        "controller_options": {"runtime_env": {"env_vars": PROXY_ENVIRONMENT}},
         "applications": [
             {"name": APPLICATION, "route_prefix": "/", "import_path": "deployments.app:build", "args": set_args}
         ],

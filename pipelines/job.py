@@ -43,7 +43,7 @@ class LoRASpec(BaseModel):
 
 
 class Job(BaseModel):
-    """One generation request with every default filled in. Equal jobs give equal pixels, on any replica, at any time."""
+    """A request with every default filled in. Equal jobs give equal pixels, on any replica, at any time."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
