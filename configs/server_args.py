@@ -76,7 +76,7 @@ class ServerArgs(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _empty_means_absent(cls, values: Any) -> Any:  # noqa: ANN401
+    def _empty_means_absent(cls, values: Any) -> Any:
         """YAML writes an unset key as `key:`, which reads as null: the default then."""
         return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
 

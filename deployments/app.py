@@ -15,7 +15,7 @@ from configs.server_args import ServerArgs
 from deployments.clients import EngineClient, StateClient
 from deployments.engine import Engine
 from deployments.ingress import create_app
-from deployments.state import APPLICATION, state_actor
+from deployments.state import state_actor
 
 ENGINE_CPUS = 0.1
 """CPUs the engine replica reserves: it only waits for its ranks."""
@@ -32,7 +32,7 @@ class Ingress:
         self.engine = EngineClient(engine)
         self.state = StateClient(state_actor(args))
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: N807, PLW3201 - Serve's name for it
+    def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.args, self.engine, self.state)
 
 

@@ -73,7 +73,7 @@ def _flag_errors(error: ValidationError) -> str:
     )
 
 
-def _serve(print_config: bool, **flags: Any) -> int:  # noqa: ANN401
+def _serve(print_config: bool, **flags: Any) -> int:
     from deployments.cluster import StartFailed, served
 
     args = ServerArgs(**flags)

@@ -62,7 +62,7 @@ class EngineClient:
         with _plain_errors():
             return await self._handle.load_lora.remote(path)
 
-    async def _soon(self, response: Any) -> Any:  # noqa: ANN401 - Serve's responses have no type
+    async def _soon(self, response: Any) -> Any: - Serve's responses have no type
         try:
             with _plain_errors():
                 return await asyncio.wait_for(response, PATIENCE_SECONDS)
@@ -75,13 +75,13 @@ class EngineClient:
 class StateClient:
     """`interfaces.State` over the state actor's handle: every method is the actor's method of that name."""
 
-    def __init__(self, actor: Any):  # noqa: ANN401 - Ray's handles have no type
+    def __init__(self, actor: Any): - Ray's handles have no type
         self._actor = actor
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Any:
         remote = getattr(self._actor, name).remote
 
-        async def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        async def call(*args: Any, **kwargs: Any) -> Any:
             with _plain_errors():
                 return await remote(*args, **kwargs)
 

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 
 from configs.server_args import ServerArgs
 
-
 PROXY_ENVIRONMENT = {
     # HAProxy in front of the replicas: 0.9 ms a request against 3.9 ms through Serve's Python proxy.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",

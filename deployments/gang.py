@@ -65,7 +65,7 @@ class Gang:
         node_of_replica = bundles[0]
         return sorted(bundles.items(), key=lambda item: (item[1] != node_of_replica, item[1], item[0]))
 
-    def _spawn(self, rank: int, bundle: int, ranks_on_node: int) -> Any:  # noqa: ANN401 - Ray's handles have no type
+    def _spawn(self, rank: int, bundle: int, ranks_on_node: int) -> Any: - Ray's handles have no type
         options = {
             "num_cpus": self.args.num_cpus_per_rank,
             "num_gpus": 1 if self.args.device == "cuda" else 0,
@@ -149,7 +149,7 @@ class Gang:
         self.ranks = []
 
 
-async def _result(reference: Any) -> Any:  # noqa: ANN401
+async def _result(reference: Any) -> Any:
     """The value of an object reference, or of the reference that an awaitable gives."""
     value = await reference
     return await value if isinstance(value, ray.ObjectRef) else value

@@ -72,7 +72,6 @@ class Rank:
             ValueError: the model cannot be loaded or cannot be sharded; the message is for the user.
         """
         import torch
-
         from lora.merge import Merger
         from pipelines.load import load_model, resolve_device
         from pipelines.parallel.mesh import Mesh
