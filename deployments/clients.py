@@ -11,8 +11,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from configs.model_family import ModelCard
-from deployments.errors import APIError
 from deployments.adapters import LoadedAdapter
+from deployments.errors import APIError
 from pipelines.job import Event, Job, Media
 
 PATIENCE_SECONDS = 5.0
@@ -62,7 +62,7 @@ class EngineClient:
         with _plain_errors():
             return await self._handle.load_lora.remote(path)
 
-    async def _soon(self, response: Any) -> Any: - Serve's responses have no type
+    async def _soon(self, response: Any) -> Any:
         try:
             with _plain_errors():
                 return await asyncio.wait_for(response, PATIENCE_SECONDS)
@@ -75,7 +75,7 @@ class EngineClient:
 class StateClient:
     """`interfaces.State` over the state actor's handle: every method is the actor's method of that name."""
 
-    def __init__(self, actor: Any): - Ray's handles have no type
+    def __init__(self, actor: Any):
         self._actor = actor
 
     def __getattr__(self, name: str) -> Any:

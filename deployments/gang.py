@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs.model_family import ModelCard
 from configs.server_args import ServerArgs
-from deployments.rank import Rank, Stopped
+from deployments.rank import Rank
 from pipelines.job import Event, Job, LoRASpec, Media, Result
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Gang:
         node_of_replica = bundles[0]
         return sorted(bundles.items(), key=lambda item: (item[1] != node_of_replica, item[1], item[0]))
 
-    def _spawn(self, rank: int, bundle: int, ranks_on_node: int) -> Any: - Ray's handles have no type
+    def _spawn(self, rank: int, bundle: int, ranks_on_node: int) -> Any:
         options = {
             "num_cpus": self.args.num_cpus_per_rank,
             "num_gpus": 1 if self.args.device == "cuda" else 0,
