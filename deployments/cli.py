@@ -123,3 +123,7 @@ def serve_config(args: ServerArgs) -> str:
         ],
     }
     return yaml.safe_dump(config, sort_keys=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
