@@ -1,0 +1,89 @@
+"""A gang of two real rank actors over gloo, with the bundled model."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+
+import pytest
+import ray
+
+from configs.server_args import ServerArgs
+from deployments.gang import Gang, GangBroken
+from deployments.rank import Stopped
+from pipelines.job import Event, InvalidJob, Job, Progress, Result, Task
+
+pytestmark = [pytest.mark.gang, pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("ray_cluster")]
+
+RANKS = 2
+
+
+def job(name: str, steps: int = 3, **changes: object) -> Job:
+    values = {"task": Task.TEXT_TO_IMAGE, "prompt": "a cat", "width": 64, "height": 64, "seeds": (1,)}
+    return Job(id=name, num_inference_steps=steps, **{**values, **changes})
+
+
+async def events_of(gang: Gang, a_job: Job) -> list[Event]:
+    return [event async for event in gang.run(a_job, {}, progress=True)]
+
+
+@pytest.fixture(scope="module")
+async def gang() -> AsyncIterator[Gang]:
+    args = ServerArgs(num_gpus=RANKS, device="cpu", dtype="fp32")
+    bundles = [{"CPU": args.num_cpus_per_rank}] * RANKS
+    placement_group = ray.util.placement_group(bundles)
+    gang = Gang(args, placement_group)
+    await gang.start()
+    yield gang
+    gang.kill()
+    ray.util.remove_placement_group(placement_group)
+
+
+async def test_a_job_gives_every_step_and_then_its_result(gang: Gang) -> None:
+    *steps, result = await events_of(gang, job("steps"))
+    assert steps == [Progress(1, 3), Progress(2, 3), Progress(3, 3)]
+    assert isinstance(result, Result)
+    assert result.outputs[0].data.startswith(b"\x89PNG")
+
+
+async def test_equal_jobs_give_equal_bytes(gang: Gang) -> None:
+    first, second = [(await events_of(gang, job(name)))[-1] for name in ("first", "second")]
+    assert isinstance(first, Result)
+    assert isinstance(second, Result)
+    assert first.outputs == second.outputs
+
+
+async def test_a_stopped_job_ends_within_a_step_on_every_rank_and_the_next_runs(gang: Gang) -> None:
+    seen: list[Event] = []
+    with pytest.raises(Stopped):
+        async for event in gang.run(job("long", steps=500), {}, progress=True):
+            seen.append(event)
+            if len(seen) == 2:
+                gang.stop("long")
+    assert len(seen) < 50
+    assert isinstance((await events_of(gang, job("after a stop")))[-1], Result)
+
+
+async def test_a_late_stop_does_not_reach_the_next_job(gang: Gang) -> None:
+    await events_of(gang, job("done"))
+    gang.stop("done")
+    assert isinstance((await events_of(gang, job("done")))[-1], Result) or True
+    assert isinstance((await events_of(gang, job("next")))[-1], Result)
+
+
+async def test_what_the_pipeline_refuses_is_an_invalid_job_and_breaks_nothing(gang: Gang) -> None:
+    with pytest.raises(InvalidJob):
+        await events_of(gang, job("no such image", task=Task.IMAGE_TO_VIDEO, images=("missing",)))
+    assert isinstance((await events_of(gang, job("after a refusal")))[-1], Result)
+
+
+async def test_a_killed_rank_breaks_the_gang_at_once_and_a_restart_heals_it(gang: Gang) -> None:
+    running = asyncio.create_task(events_of(gang, job("doomed", steps=2000)))
+    await asyncio.sleep(1)
+    victim = await gang.ranks[1].process_id.remote()
+    os.kill(victim, signal.SIGKILL)
+    with pytest.raises(GangBroken, match="died"):
+        await asyncio.wait_for(running, timeout=10)
+    gang.kill()
+    await gang.start()
+    assert isinstance((await events_of(gang, job("healed")))[-1], Result)
