@@ -67,7 +67,6 @@ async def test_a_stopped_job_ends_within_a_step_on_every_rank_and_the_next_runs(
 async def test_a_late_stop_does_not_reach_the_next_job(gang: Gang) -> None:
     await events_of(gang, job("done"))
     gang.stop("done")
-    assert isinstance((await events_of(gang, job("done")))[-1], Result) or True
     assert isinstance((await events_of(gang, job("next")))[-1], Result)
 
 
@@ -80,7 +79,7 @@ async def test_what_the_pipeline_refuses_is_an_invalid_job_and_breaks_nothing(ga
 async def test_a_killed_rank_breaks_the_gang_at_once_and_a_restart_heals_it(gang: Gang) -> None:
     running = asyncio.create_task(events_of(gang, job("doomed", steps=2000)))
     await asyncio.sleep(1)
-    victim = await gang.ranks[1].process_id.remote()
+    victim = await gang.ranks[1].ping.remote()
     os.kill(victim, signal.SIGKILL)
     with pytest.raises(GangBroken, match="died"):
         await asyncio.wait_for(running, timeout=10)
