@@ -1,0 +1,104 @@
+"""The command line's flags, refusals and printed configuration. What it serves is tested in tests/e2e."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from configs.server_args import ServerArgs
+from deployments.cli import main
+from tests.e2e.server import free_port
+
+DOCUMENTED_COMMAND = (
+    "serve --text-encoder-cpu-offload --pin-cpu-memory --num-gpus 4 --ulysses-degree=2 --ring-degree=2 --port 30010"
+)
+
+
+def printed_config(capsys: pytest.CaptureFixture[str], *flags: str) -> dict:
+    assert main(["serve", "--print-config", *flags]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_the_documented_command_prints_an_equivalent_config(capsys: pytest.CaptureFixture[str]) -> None:
+    config = printed_config(capsys, *DOCUMENTED_COMMAND.split()[1:])
+    assert config["http_options"]["port"] == 30010
+    assert config["applications"][0]["args"] == {
+        "num_gpus": 4,
+        "ulysses_degree": 2,
+        "ring_degree": 2,
+        "text_encoder_cpu_offload": True,
+    }
+    ServeDeploySchema.model_validate(config)
+    ServerArgs.model_validate(config["applications"][0]["args"])
+
+
+def test_truth_values_are_bare_flags_or_spelled_out(capsys: pytest.CaptureFixture[str]) -> None:
+    config = printed_config(capsys, "--vae-cpu-offload", "--pin-cpu-memory", "false", "--enable-torch-compile", "true")
+    assert config["applications"][0]["args"] == {
+        "vae_cpu_offload": True,
+        "pin_cpu_memory": False,
+        "enable_torch_compile": True,
+    }
+
+
+def test_degrees_that_do_not_multiply_are_refused_with_the_equation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--num-gpus", "4", "--ulysses-degree", "3", "--ring-degree", "1"]) == 2
+    assert (
+        "num_gpus (4) must equal dp_size * cfg_degree * ulysses_degree * ring_degree (1 * 1 * 3 * 1 = 3)"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--port", "70000"], "--port: Input should be less than or equal to 65535"),
+        (["--num-gpus", "0"], "--num-gpus: Input should be greater than or equal to 1"),
+        (["--dit-cpu-offload", "--dit-layerwise-offload"], "exclude each other"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_flag(
+    flags: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", *flags]) == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags", [["--tp-size", "2"], ["--num-gpus", "many"], ["--dtype", "fp8"], ["--vae-cpu-offload", "perhaps"]]
+)
+def test_an_unknown_flag_or_value_ends_with_status_2(flags: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["serve", *flags])
+    assert exit_.value.code == 2
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        yield holder.getsockname()[1]
+
+
+def test_a_taken_port_is_reported_before_anything_starts(taken_port: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", str(taken_port)]) == 1
+    assert f"cannot listen on 127.0.0.1:{taken_port}: Address already in use" in capsys.readouterr().err
+
+
+@pytest.mark.e2e
+def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
+    command = [sys.executable, "-m", "deployments.cli", "serve", "--port", str(free_port())]
+    command += ["--model-path", str(tmp_path), "--state-path", str(tmp_path / "jobs.sqlite3")]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
+    assert finished.returncode == 1
+    assert "NoSuchPipeline" in finished.stderr.splitlines()[-1]
+    assert "Traceback" not in finished.stderr
