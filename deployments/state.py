@@ -1,0 +1,114 @@
+"""The memory of the server: one named, detached actor that outlives every engine, ingress and deployment.
+
+It imports neither torch nor anything of the model. All it knows is on the disk, so it may be killed at any time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import ray
+from ray.actor import ActorHandle
+
+from configs.server_args import ServerArgs
+from deployments.content import ContentStore, image_key, input_key
+from deployments.errors import APIError
+from deployments.interfaces import Content, Engine, Variant, Video, VideoPage, VideoStatus
+from deployments.jobs import JobStore
+from deployments.storage import Storage
+from deployments.video_runner import VideoRunner
+from pipelines.job import Job, Media
+
+ACTOR_NAME = "ditserve-state"
+NAMESPACE = "ditserve"
+
+
+class State:
+    """`interfaces.State` by delegation: records to `JobStore`, files to `ContentStore`, work to `VideoRunner`.
+
+    Undecorated, so that it also works inside a plain asyncio program; `state_actor` makes the actor of it.
+    """
+
+    def __init__(self, args: ServerArgs, engine: Callable[[], Engine]):
+        """Take up, in the running event loop, all work that an earlier life left unfinished.
+
+        `engine` is called for every attempt at a job, in this process. It may raise `APIError` 503 while there is none.
+        """
+        self._jobs = JobStore(args.state_path)
+        self._content = ContentStore(self._jobs, Storage(args.output_path))
+        self._runner = VideoRunner(self._jobs, self._content, engine)
+        self._content.sweep()
+        for video in self._jobs.unfinished():
+            self._runner.start(video.job)
+
+    async def close(self) -> None:
+        """Stop working and let go of the files. The next `State` on the same paths goes on."""
+        await self._runner.stop_all()
+        self._jobs.close()
+
+    async def create_video(self, job: Job, media: Media, model: str, idempotency_key: str | None = None) -> Video:
+        if video := self._jobs.find(job.id, idempotency_key):
+            return video
+        inputs = {input_key(job.id, name): data for name, data in media.items()}
+        await self._content.write(inputs)
+        video = self._jobs.create(job, model, idempotency_key, inputs)
+        if video.job.id == job.id:
+            self._runner.start(job)
+        else:  # another call with the same idempotency key was faster
+            await self._content.discard(inputs)
+        return video
+
+    async def get_video(self, video_id: str) -> Video:
+        return self._jobs.get(video_id)
+
+    async def list_videos(self, after: str | None, limit: int, order: Literal["asc", "desc"]) -> VideoPage:
+        return self._jobs.page(after, limit, order)
+
+    async def delete_video(self, video_id: str) -> None:
+        self._jobs.get(video_id)
+        await self._runner.stop(video_id)
+        await self._content.discard(self._jobs.delete(video_id))
+
+    async def video_content(self, video_id: str, variant: Variant, index: int = 0) -> Content:
+        video = self._jobs.get(video_id)
+        if video.error is not None:
+            raise APIError(404, f"Generation failed: {video.error.message}", code=video.error.code)
+        if video.status is not VideoStatus.COMPLETED:
+            raise APIError(404, "Generation is still in progress", code="video_not_ready")
+        return await self._content.video(video_id, len(video.job.seeds), variant, index)
+
+    async def store_image(self, job: Job, outputs: Sequence[bytes]) -> None:
+        files = {image_key(job.id, index, job.output_format): data for index, data in enumerate(outputs)}
+        await self._content.write(files)
+        self._jobs.add_image(job.id, job.output_format, files)
+
+    async def image_content(self, image_id: str, index: int = 0) -> Content:
+        return await self._content.image(image_id, index)
+
+    async def read(self, key: str, offset: int, length: int) -> bytes:
+        return await self._content.read(key, offset, length)
+
+
+def state_actor(args: ServerArgs, engine: Callable[[], Engine]) -> ActorHandle:
+    """The state actor of this Ray cluster: the one that lives, else a new one.
+
+    It stays on the head node, where its files are. Relative paths count from the caller's working directory.
+    """
+    output_path = args.output_path if "://" in args.output_path else os.path.abspath(args.output_path)
+    args = args.model_copy(update={"state_path": os.path.abspath(args.state_path), "output_path": output_path})
+    options = {
+        "name": ACTOR_NAME,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "num_cpus": 0,
+        "resources": {"node:__internal_head__": 0.001},
+        "max_restarts": -1,
+        # Calls that a crash interrupts are made again, and clients do not notice: every method may be repeated. Not
+        # without bound, for it may be the call that is the cause.
+        "max_task_retries": 3,
+        "max_concurrency": 1000,
+    }
+    return ray.remote(**options)(State).remote(args, engine)

@@ -1,0 +1,128 @@
+"""Runs video jobs: one asyncio task each, from the first attempt to `completed` or `failed`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+
+from ray.exceptions import RayActorError, RayTaskError
+
+from deployments.content import ContentStore, input_key, video_files
+from deployments.errors import APIError
+from deployments.interfaces import Engine, VideoError, VideoStatus
+from deployments.jobs import JobStore
+from pipelines.job import InvalidJob, Job, Media, Progress, Result
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3
+"""Times the computation of one job may begin. A job that brings the server down each time then fails, alone."""
+
+_RETRY_DELAY_S = 1.0
+"""Between two attempts: a gang is rebuilt in 1.4 s, a killed engine replica is back after 10 s."""
+
+
+class VideoRunner:
+    """Computes jobs on the engine, each in a task of its own, and writes what comes of them.
+
+    `APIError` 429 and 503 and the death of the engine mean "not now": the job waits and is tried again. Every other
+    error is the job's own, and fails it.
+    """
+
+    def __init__(self, jobs: JobStore, content: ContentStore, engine: Callable[[], Engine]):
+        """`engine` is called for every attempt. It may raise `APIError` 503 while there is none."""
+        self._jobs = jobs
+        self._content = content
+        self._engine = engine
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def start(self, job: Job) -> None:
+        """Run the job, unless it runs already."""
+        if job.id not in self._tasks:
+            task = asyncio.create_task(self._run(job), name=job.id)
+            self._tasks[job.id] = task
+            task.add_done_callback(lambda _: self._tasks.pop(job.id))
+
+    async def stop(self, video_id: str) -> None:
+        """Stop the job, if it runs, and leave its record as it is. On return the engine's iterator is closed, and
+        nothing more is written."""
+        if task := self._tasks.get(video_id):
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def stop_all(self) -> None:
+        await asyncio.gather(*(self.stop(video_id) for video_id in self._tasks))
+
+    async def _run(self, job: Job) -> None:
+        try:
+            if self._jobs.attempts(job.id) >= MAX_ATTEMPTS:
+                raise APIError(500, f"Given up after {MAX_ATTEMPTS} attempts: the server stopped during each of them")
+            inputs = {*job.images} if job.mask is None else {*job.images, job.mask}
+            media = {name: await self._content.read(input_key(job.id, name)) for name in inputs}
+            await self._complete(job, await self._compute(job, media))
+        except Exception as error:
+            logger.warning("video %s failed", job.id, exc_info=True)
+            unneeded = self._jobs.transition(job.id, VideoStatus.FAILED, error=_explain(error), files=())
+            await self._content.discard(unneeded)
+
+    async def _compute(self, job: Job, media: Media) -> Result:
+        while True:
+            try:
+                return await self._attempt(job, media)
+            except Exception as error:
+                if not _means_not_now(error) or self._jobs.attempts(job.id) >= MAX_ATTEMPTS:
+                    raise
+                logger.info("video %s waits for the engine: %s", job.id, _cause(error))
+            await asyncio.sleep(_RETRY_DELAY_S)
+
+    async def _attempt(self, job: Job, media: Media) -> Result:
+        """An attempt counts from its first event, so that jobs which merely wait pay for no other's crash."""
+        begun, result = False, None
+        async with aclosing(self._engine().generate(job, media, progress=True)) as events:
+            async for event in events:
+                if not begun:
+                    self._jobs.transition(job.id, VideoStatus.IN_PROGRESS)
+                    begun = True
+                if isinstance(event, Progress):
+                    self._jobs.advance(job.id, 100 * event.step // event.total)
+                elif isinstance(event, Result):
+                    result = event
+        if result is None:
+            raise RuntimeError("the engine ended without a result")
+        return result
+
+    async def _complete(self, job: Job, result: Result) -> None:
+        # Whatever no stage accounts for: waiting, and attempts that were lost.
+        queue = time.time() - self._jobs.get(job.id).created_at - sum(result.seconds.values())
+        files = video_files(job.id, result.outputs)
+        await self._content.write(files)
+        unneeded = self._jobs.transition(
+            job.id, VideoStatus.COMPLETED, files=files, timings={"queue": max(0.0, queue), **result.seconds}
+        )
+        await self._content.discard(unneeded)
+
+
+def _cause(error: Exception) -> Exception:
+    """What was raised at the other end: Ray wraps it in an error whose text is a traceback."""
+    return error.cause if isinstance(error, RayTaskError) else error
+
+
+def _means_not_now(error: Exception) -> bool:
+    cause = _cause(error)
+    return isinstance(cause, RayActorError) or (isinstance(cause, APIError) and cause.status in (429, 503))
+
+
+def _explain(error: Exception) -> VideoError:
+    """What the client is told. Errors that were not written for it may hold paths and stay in the log."""
+    match _cause(error):
+        case InvalidJob() as invalid:
+            return VideoError("invalid_request_error", str(invalid))
+        case APIError() as refused:
+            return VideoError(refused.code or refused.type, refused.message)
+        case RayActorError():
+            return VideoError("server_error", f"The engine stopped during each of {MAX_ATTEMPTS} attempts")
+        case _:
+            return VideoError("server_error", "The server failed on this video; its log says why under the video's id")
