@@ -6,7 +6,7 @@ these protocols alone; `deployments/app.py` gives it the Serve handle and the ac
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, Protocol
@@ -105,7 +105,7 @@ class Engine(Protocol):
     async def card(self) -> ModelCard:
         """The served model. Raises `APIError` 503 while it still loads."""
 
-    def generate(self, job: Job, media: Media, *, progress: bool) -> AsyncIterator[Event]:
+    def generate(self, job: Job, media: Media, *, progress: bool) -> AsyncGenerator[Event, None]:
         """Compute `job`; the last event is its `Result`. With `progress`, every step gives a `Progress` too.
 
         Closing the iterator (or cancelling the task that reads it) frees the ranks within one denoising step.
