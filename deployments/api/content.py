@@ -1,0 +1,83 @@
+"""Stored files over HTTP: whole or in part, in chunks, with validators for caches and resumed downloads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from hashlib import sha256
+from urllib.parse import quote
+
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+
+from deployments.errors import APIError
+from deployments.interfaces import Content, State
+
+CHUNK_BYTES = 2**20
+"""Read from the store at a time: a round trip to the state actor each, and what one download holds in memory."""
+
+_RANGE = re.compile(r"bytes=\s*([0-9]*)\s*-\s*([0-9]*)\s*", re.IGNORECASE)
+
+
+async def content_response(request: Request, state: State, content: Content) -> Response:
+    """`content` as `request` asks for it: 200, 206 for a range, 304 for a cached copy, no body for HEAD.
+
+    Raises:
+        APIError: 416 for a range outside of the file; whatever `State.read` raises, while the status can still tell.
+    """
+    # The key never changes its bytes. It may tell where the file lies, so clients see a digest of it.
+    etag = f'"{sha256(content.key.encode()).hexdigest()[:32]}"'
+    headers = {
+        "accept-ranges": "bytes",
+        "etag": etag,
+        "cache-control": "private, max-age=31536000, immutable",
+        "content-disposition": f"attachment; filename*=utf-8''{quote(content.filename)}",
+    }
+    if etag in (tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")):
+        return Response(status_code=304, headers=headers)
+
+    wanted = request.headers.get("range", "")
+    if request.headers.get("if-range", etag) != etag:
+        wanted = ""
+    span = requested_span(wanted, content.size)
+    start, end = span or (0, content.size)
+    headers["content-length"] = str(end - start)
+    if span:
+        headers["content-range"] = f"bytes {start}-{end - 1}/{content.size}"
+    status = 206 if span else 200
+    if request.method == "HEAD":
+        return Response(status_code=status, headers=headers, media_type=content.media_type)
+
+    first = await state.read(content.key, start, min(CHUNK_BYTES, end - start))
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield first
+        for offset in range(start + CHUNK_BYTES, end, CHUNK_BYTES):
+            yield await state.read(content.key, offset, min(CHUNK_BYTES, end - offset))
+
+    return StreamingResponse(chunks(), status, headers, content.media_type)
+
+
+def requested_span(header: str, size: int) -> tuple[int, int] | None:
+    """The half-open byte span that a `Range` header asks of a file of `size` bytes; None for the whole file.
+
+    A header that is malformed or names several ranges counts for nothing, as RFC 9110 section 14.2 allows.
+    """
+    match = _RANGE.fullmatch(header)
+    if match is None or not any(match.groups()):
+        return None
+    first, last = match.groups()
+    if first:
+        start, end = int(first), min(int(last) + 1, size) if last else size
+        if last and int(last) < int(first):
+            return None
+    else:  # a suffix: the last so many bytes
+        start, end = max(size - int(last), 0), size
+    if start >= size or start == end:
+        raise APIError(
+            416,
+            f"The file has {size} bytes; '{header}' lies outside of it",
+            code="range_not_satisfiable",
+            headers={"content-range": f"bytes */{size}"},
+        )
+    return start, end

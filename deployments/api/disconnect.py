@@ -1,0 +1,40 @@
+"""A client that leaves stops what is computed for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+
+@asynccontextmanager
+async def cancelled_on_disconnect(receive: Receive) -> AsyncIterator[None]:
+    """Cancel the body of the `async with`, and raise `ClientDisconnect` from it, when the client has left.
+
+    `receive` is the request's ASGI channel, whose body must have been read: the next message that comes through it is
+    the disconnect. Ray Serve also cancels the whole request by itself; under plain uvicorn nobody else does.
+    Only one task may listen at a time, since Ray Serve delivers the message once.
+    """
+    handler = asyncio.current_task()
+    assert handler is not None
+    left = False
+
+    async def watch() -> None:
+        nonlocal left
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left = True
+        handler.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if left and handler.uncancel() == 0:
+            raise ClientDisconnect from None
+        raise
+    finally:
+        watcher.cancel()

@@ -1,0 +1,93 @@
+"""Every failure as OpenAI's error envelope, with the text also under `detail`, where SGLang's clients look."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextvars import ContextVar
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from deployments.errors import APIError
+from pipelines.job import InvalidJob
+
+logger = logging.getLogger(__name__)
+
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
+"""Id of the HTTP request that the current task answers: sent as `x-request-id`, printed in the log."""
+
+
+def error_object(error: APIError) -> dict[str, str | None]:
+    return {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+
+
+def error_response(error: APIError) -> JSONResponse:
+    headers = dict(error.headers)
+    if error.status == HTTPStatus.CONFLICT:
+        # OpenAI's clients repeat a 409 by themselves, and nothing will have changed half a second later.
+        headers.setdefault("x-should-retry", "false")
+    return JSONResponse({"error": error_object(error), "detail": error.message}, error.status, headers)
+
+
+def as_api_error(failure: Exception) -> APIError:
+    """What the client is told about any failure. One that nobody foresaw goes to the log whole and out bare."""
+    if isinstance(failure, APIError):
+        return failure
+    if isinstance(failure, InvalidJob):
+        return APIError(400, str(failure), param=failure.param, code="invalid_value")
+    logger.error("Request %s failed unexpectedly", request_id.get(), exc_info=failure)
+    return APIError(
+        500,
+        "The server failed to handle this request; its log has the reason under the request id "
+        f"'{request_id.get()}' (header x-request-id).",
+        code="internal_error",
+        headers={"x-should-retry": "false"},
+    )
+
+
+def invalid_field(errors: Sequence[Any]) -> APIError:
+    """A 400 for the first of pydantic's `errors`, naming the field as the client wrote it.
+
+    FastAPI puts the place (`query`, `path`) in front of the field's name; wire models do not.
+    """
+    first = errors[0]
+    names = [part for part in first["loc"] if part not in ("query", "path", "header")]
+    param = str(names[0]) if names else None
+    if first["type"] == "missing":
+        return APIError(400, f"Missing required parameter: '{param}'", param=param, code="missing_required_parameter")
+    reason = first["msg"].removeprefix("Value error, ")
+    code = "invalid_type" if first["type"].endswith(("_type", "_parsing")) else "invalid_value"
+    return APIError(400, f"Invalid '{param}': {reason}", param=param, code=code)
+
+
+def install(app: FastAPI) -> None:
+    """Have `app` answer in the envelope whatever goes wrong inside a route, or before one is found."""
+
+    async def known_failure(request: Request, failure: Exception) -> JSONResponse:
+        return error_response(as_api_error(failure))
+
+    async def invalid_query(request: Request, failure: RequestValidationError) -> JSONResponse:
+        return error_response(invalid_field(failure.errors()))
+
+    async def no_route(request: Request, failure: HTTPException) -> JSONResponse:
+        call = f"{request.method} {request.url.path}"
+        match failure.status_code:
+            case HTTPStatus.NOT_FOUND:
+                error = APIError(404, f"There is no {call}; GET /openapi.json lists every route", code="unknown_url")
+            case HTTPStatus.METHOD_NOT_ALLOWED:
+                allowed = (failure.headers or {}).get("Allow", "other methods")
+                error = APIError(405, f"{call} is not allowed; the path takes {allowed}", code="method_not_allowed")
+            case status:
+                error = APIError(status, str(failure.detail))
+        error.headers.update(failure.headers or {})
+        return error_response(error)
+
+    app.exception_handler(APIError)(known_failure)
+    app.exception_handler(InvalidJob)(known_failure)
+    app.exception_handler(RequestValidationError)(invalid_query)
+    app.exception_handler(HTTPException)(no_route)

@@ -1,0 +1,24 @@
+"""Probes: `/health` answers while the process lives, `/ready` when every rank does."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from deployments.api.openapi import errors
+from deployments.api.protocol.answers import Health
+from deployments.api.services import Served
+
+router = APIRouter(tags=["Health"])
+
+
+@router.get("/health")
+async def health() -> Health:
+    """Alive, whether or not a model is loaded."""
+    return Health(status="ok")
+
+
+@router.get("/ready", responses=errors(503))
+async def ready(services: Served) -> Health:
+    """Every rank of the engine has answered just now."""
+    await services.engine.ready()
+    return Health(status="ready")

@@ -1,0 +1,72 @@
+"""Input images: from the fields of a request to bytes that are known to be pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+from base64 import b64decode
+from urllib.parse import unquote_to_bytes
+
+from deployments.api.body import MAX_IMAGE_BYTES
+from deployments.api.multipart import too_large
+from deployments.api.protocol.requests import ImageReference, InputImage
+from deployments.errors import APIError
+from pipelines.media import decode_image, decode_mask
+
+MAX_INPUT_PIXELS = 8192 * 8192
+"""More than most cameras' pictures have, and 256 MiB once decoded: what a small file may grow to."""
+
+
+async def input_image(image: InputImage, param: str) -> bytes:
+    """The bytes of the PNG, WebP or JPEG that a request gives in `param`, whatever its declared type or name.
+
+    Raises:
+        APIError: 400 for an image that lies elsewhere, 413 for one that is too large.
+        InvalidJob: not a picture, or damaged.
+    """
+    data = _bytes_of(image, param)
+    await asyncio.to_thread(decode_image, data, max_pixels=MAX_INPUT_PIXELS, param=param)
+    return data
+
+
+async def input_mask(mask: InputImage, image: bytes) -> bytes:
+    """The bytes of the mask of `image`. Raises as `input_image`, and `InvalidJob` when the two do not fit."""
+    data = _bytes_of(mask, "mask")
+
+    def check() -> None:
+        size = decode_image(image, max_pixels=MAX_INPUT_PIXELS).size
+        decode_mask(data, size=size, max_pixels=MAX_INPUT_PIXELS)
+
+    await asyncio.to_thread(check)
+    return data
+
+
+def _bytes_of(image: InputImage, param: str) -> bytes:
+    data = image if isinstance(image, bytes) else _data_url_bytes(image, param)
+    if len(data) > MAX_IMAGE_BYTES:
+        raise too_large(param, MAX_IMAGE_BYTES)
+    return data
+
+
+def _data_url_bytes(image: ImageReference | str, param: str) -> bytes:
+    url = image.image_url if isinstance(image, ImageReference) else image
+    if url is None:
+        raise _refused(param, "this server keeps no uploaded files, so give the image itself, not a file_id")
+    scheme, _, rest = url.partition(":")
+    if scheme.lower() in ("http", "https"):
+        raise _refused(param, "images are not fetched from remote URLs; upload the file or give it as a data: URL")
+    if scheme.lower() != "data":
+        raise _refused(param, "it must be a file upload or a data: URL")
+    kind, comma, payload = rest.partition(",")
+    if not comma:
+        raise _refused(param, "the data: URL has no data")
+    if not kind.lower().endswith(";base64"):
+        return unquote_to_bytes(payload)
+    try:
+        return b64decode(payload, validate=True)
+    except (binascii.Error, ValueError) as error:  # ValueError: characters outside of ASCII
+        raise _refused(param, "the data: URL is not valid base64") from error
+
+
+def _refused(param: str, reason: str) -> APIError:
+    return APIError(400, f"Invalid '{param}': {reason}", param=param, code="invalid_image")

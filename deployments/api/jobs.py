@@ -1,0 +1,207 @@
+"""From a request to a job: every default filled in, and what the model cannot do refused by name."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from configs.model_family import ModelCard, SamplingDefaults
+from deployments.api.inputs import input_image, input_mask
+from deployments.api.protocol.requests import (
+    GenerationRequest,
+    ImageEditRequest,
+    ImageRequest,
+    LoRAChoice,
+    VideoRequest,
+)
+from deployments.api.services import Services
+from deployments.errors import APIError
+from deployments.interfaces import LoRARequest
+from pipelines.job import Job, Media, Task, content_key
+
+MAX_PIXELS = 3840 * 2160
+"""Pixels of one frame: OpenAI's largest picture."""
+MAX_FRAMES = 1200
+"""Frames of one clip: OpenAI's longest, 20 s, at 60 frames per second."""
+MAX_RANDOM_SEED = 2**32
+"""Seeds drawn for clients stay below this, so that any JSON parser reads them exactly (doubles hold 53 bits)."""
+
+FAMILY_PARAMETERS = (
+    "negative_prompt",
+    "guidance_scale",
+    "guidance_scale_2",
+    "true_cfg_scale",
+    "flow_shift",
+    "strength",
+)
+"""Parameters that only some families read; `ModelFamily.parameters` says which."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job and the bytes of its inputs."""
+
+    job: Job
+    media: Media
+
+
+async def image_submission(wanted: ImageRequest, services: Services) -> Submission:
+    """Raises `APIError` and `InvalidJob`, naming the parameter at fault."""
+    card = await services.engine.card()
+    images: list[bytes] = []
+    mask = None
+    if isinstance(wanted, ImageEditRequest):
+        task = Task.IMAGE_EDIT if wanted.mask is None else Task.INPAINT
+        _require(card, task, *(("image", "image is") if wanted.mask is None else ("mask", "mask is")))
+        if len(wanted.image) > card.family.max_images:
+            raise _refused("image", f"{card.id} takes at most {card.family.max_images} input image(s)")
+        images = [await input_image(image, "image") for image in wanted.image]
+        mask = None if wanted.mask is None else await input_mask(wanted.mask, images[0])
+    else:
+        task = Task.TEXT_TO_IMAGE
+        _require(card, task, None, "an image from a prompt alone is")
+    return await _submission(
+        f"img_{uuid4().hex}",
+        task,
+        wanted,
+        services,
+        images,
+        mask,
+        output_format=wanted.output_format,
+        output_compression=wanted.output_compression,
+        partial_images=wanted.partial_images if wanted.stream else 0,
+    )
+
+
+async def video_submission(wanted: VideoRequest, services: Services) -> Submission:
+    """Raises `APIError` and `InvalidJob`, naming the parameter at fault."""
+    card = await services.engine.card()
+    if not any(Task(name).is_video for name in card.family.tasks):
+        raise _refused("model", f"{card.id} makes no videos. It can do: {_abilities(card)}")
+    images: list[bytes] = []
+    if wanted.input_reference is None:
+        task = Task.TEXT_TO_VIDEO
+        _require(card, task, "input_reference", "a video without input_reference is")
+    else:
+        task = Task.IMAGE_TO_VIDEO
+        _require(card, task, "input_reference", "input_reference is")
+        images = [await input_image(wanted.input_reference, "input_reference")]
+
+    defaults = card.family.defaults_for(task)
+    fps = wanted.fps or defaults.fps
+    num_frames = wanted.num_frames or defaults.num_frames
+    if wanted.num_frames is None and wanted.seconds is not None:
+        num_frames = max(1, round(wanted.seconds * fps))
+    if num_frames > MAX_FRAMES:
+        param = "seconds" if wanted.num_frames is None else "num_frames"
+        raise _refused(param, f"{num_frames} frames are asked for; at most {MAX_FRAMES} are made")
+    return await _submission(
+        f"video_{uuid4().hex}",
+        task,
+        wanted,
+        services,
+        images,
+        output_format="mp4",
+        num_frames=num_frames,
+        fps=fps,
+    )
+
+
+async def _submission(
+    job_id: str,
+    task: Task,
+    wanted: GenerationRequest,
+    services: Services,
+    images: list[bytes],
+    mask: bytes | None = None,
+    **output: Any,
+) -> Submission:
+    card = await services.engine.card()
+    defaults = card.family.defaults_for(task)
+    width, height = _frame_size(wanted, defaults)
+    job = Job(
+        id=job_id,
+        task=task,
+        prompt=wanted.prompt,
+        width=width,
+        height=height,
+        num_inference_steps=wanted.num_inference_steps or defaults.num_inference_steps,
+        seeds=_seeds(wanted),
+        images=tuple(content_key(image) for image in images),
+        mask=None if mask is None else content_key(mask),
+        **_family_parameters(wanted, card, task, defaults),
+        lora=await services.state.lora_for_job(None if wanted.lora is None else _lora_requests(wanted.lora)),
+        **output,
+    )
+    return Submission(job, {content_key(data): data for data in [*images, *([mask] if mask is not None else [])]})
+
+
+def _require(card: ModelCard, task: Task, param: str | None, what: str) -> None:
+    if task not in card.family.tasks:
+        raise APIError(
+            400,
+            f"{what} not supported by {card.id}. It can do: {_abilities(card)}",
+            param=param,
+            code="unsupported_task",
+        )
+
+
+def _abilities(card: ModelCard) -> str:
+    return ", ".join(sorted(card.family.tasks))
+
+
+def _frame_size(wanted: GenerationRequest, defaults: SamplingDefaults) -> tuple[int, int]:
+    width, height = wanted.size or (defaults.width, defaults.height)
+    width, height = wanted.width or width, wanted.height or height
+    if not 1 <= width * height <= MAX_PIXELS:
+        param = "size" if wanted.width is wanted.height is None else "width" if wanted.width else "height"
+        raise _refused(param, f"{width}x{height} is asked for; a frame has 1 to {MAX_PIXELS} pixels")
+    return width, height
+
+
+def _seeds(wanted: GenerationRequest) -> tuple[int, ...]:
+    """One seed per output: as listed, counting up from the one given, or from a random one."""
+    given = wanted.seed or [secrets.randbelow(MAX_RANDOM_SEED)]
+    if len(given) > 1:
+        if wanted.n not in (None, len(given)):
+            raise _refused("seed", f"{len(given)} seeds are given for n = {wanted.n} outputs")
+        return tuple(given)
+    return tuple(range(given[0], given[0] + (wanted.n or 1)))
+
+
+def _family_parameters(
+    wanted: GenerationRequest, card: ModelCard, task: Task, defaults: SamplingDefaults
+) -> dict[str, Any]:
+    """The parameters that only some families read, each as the client set it or as the family has it by default."""
+    values: dict[str, Any] = {}
+    for name in FAMILY_PARAMETERS:
+        value = getattr(wanted, name)
+        if value not in (None, "") and name not in card.family.parameters:
+            readable = ", ".join(sorted(card.family.parameters & set(FAMILY_PARAMETERS))) or "none of its kind"
+            raise _refused(name, f"{card.id} does not read it. It reads: {readable}")
+        values[name] = value if value is not None else getattr(defaults, name)
+    if task in (Task.TEXT_TO_IMAGE, Task.TEXT_TO_VIDEO):
+        if wanted.strength is not None:
+            raise _refused("strength", "it says how far an output may leave an input image, and none is given")
+        values["strength"] = None
+    return values
+
+
+def _lora_requests(choices: list[str | LoRAChoice]) -> list[LoRARequest]:
+    named = [LoRAChoice(nickname=choice) if isinstance(choice, str) else choice for choice in choices]
+    return [
+        LoRARequest(
+            # Without a nickname the path is the name: equal paths are then the same adapter.
+            nickname=choice.nickname or str(choice.path),
+            path=choice.path,
+            strength=choice.strength,
+            target=tuple(choice.target),
+        )
+        for choice in named
+    ]
+
+
+def _refused(param: str, reason: str) -> APIError:
+    return APIError(400, f"Invalid '{param}': {reason}", param=param, code="invalid_value")

@@ -1,0 +1,103 @@
+"""`/v1/set_lora` and its kin: the adapters that jobs are given by default.
+
+The routes and the shapes of their answers are SGLang's. A body is JSON whatever its Content-Type says, since curl
+calls it a form unless told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi import APIRouter, Request
+
+from deployments.api.body import read_fields
+from deployments.api.openapi import JSON, errors, request_body
+from deployments.api.protocol.answers import ActiveAdapters, AppliedLoRA, LoadedAdapter, LoRAAnswer, LoRAList
+from deployments.api.protocol.lora import LoRATargets, MergeLoRA, SetLoRA
+from deployments.api.services import Served
+from deployments.interfaces import LoRAStatus
+from pipelines.job import LoRASpec
+
+router = APIRouter(prefix="/v1", tags=["LoRA"])
+
+ALL = ("all",)
+"""The target of an adapter that names no transformer."""
+
+
+@router.post("/set_lora", responses=errors(400, 404, 409, 503), openapi_extra=request_body(SetLoRA, JSON))
+async def set_lora(request: Request, services: Served) -> LoRAAnswer:
+    """Load adapters, merge them, and give them to new jobs."""
+    wanted = SetLoRA.parse(await read_fields(request))
+    status = await services.state.set_lora(wanted.adapters())
+    return _answer(f"Successfully set LoRA adapter(s): {_composition(status.set)}", status)
+
+
+@router.post(
+    "/merge_lora_weights",
+    responses=errors(400, 404, 409, 503),
+    openapi_extra=request_body(MergeLoRA, JSON, required=False),
+)
+async def merge_lora_weights(request: Request, services: Served) -> LoRAAnswer:
+    """Merge again what was set and then unmerged."""
+    wanted = MergeLoRA.parse(await read_fields(request))
+    status = await services.state.merge_lora(wanted.strength, tuple(wanted.target) if wanted.target else None)
+    return _answer(f"Successfully merged LoRA weights: {_composition(status.set)}", status)
+
+
+@router.post(
+    "/unmerge_lora_weights",
+    responses=errors(400, 503),
+    openapi_extra=request_body(LoRATargets, JSON, required=False),
+)
+async def unmerge_lora_weights(request: Request, services: Served) -> LoRAAnswer:
+    """Restore the base weights, bit for bit. New jobs get no adapter unless they ask for one."""
+    wanted = LoRATargets.parse(await read_fields(request))
+    status = await services.state.unmerge_lora(tuple(wanted.target) if wanted.target else None)
+    return _answer(f"Successfully unmerged LoRA weights (target: {', '.join(wanted.target or ALL)})", status)
+
+
+@router.get("/list_loras", responses=errors(503))
+async def list_loras(services: Served) -> LoRAList:
+    """List what is loaded, what was set, and what each engine replica has merged."""
+    return _listing(await services.state.list_loras())
+
+
+def _composition(adapters: Sequence[LoRASpec]) -> str:
+    return ", ".join(f"{a.nickname} (target: {', '.join(a.target)}, strength: {a.strength:.2f})" for a in adapters)
+
+
+def _listing(status: LoRAStatus) -> LoRAList:
+    return LoRAList(
+        loaded_adapters=[
+            LoadedAdapter(nickname=a.nickname, path=a.path, rank=a.rank, num_bytes=a.num_bytes) for a in status.loaded
+        ],
+        active=_active(status),
+        replicas={
+            replica: [AppliedLoRA(nickname=a.nickname, strength=a.strength, target=list(a.target)) for a in adapters]
+            for replica, adapters in status.replicas.items()
+        },
+    )
+
+
+def _answer(message: str, status: LoRAStatus) -> LoRAAnswer:
+    return LoRAAnswer(message=message, **dict(_listing(status)))
+
+
+def _active(status: LoRAStatus) -> dict[str, ActiveAdapters]:
+    """The composition by transformer. One for all of them stands under `transformer`, which every model has."""
+    paths = {adapter.nickname: adapter.path for adapter in status.loaded}
+    names = dict.fromkeys(name for adapter in status.set for name in adapter.target if name not in ALL)
+    active = {}
+    for transformer in {"transformer": None, **names} if status.set else {}:
+        adapters = [a for a in status.set if transformer in a.target or a.target == ALL]
+        if adapters:
+            nicknames = [a.nickname for a in adapters]
+            active[transformer] = ActiveAdapters(
+                nickname=",".join(nicknames),
+                nicknames=nicknames,
+                path=",".join(paths.get(nickname, "") for nickname in nicknames),
+                merged=status.merged,
+                strength=adapters[0].strength,
+                strengths=[a.strength for a in adapters],
+            )
+    return active

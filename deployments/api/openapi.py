@@ -1,0 +1,75 @@
+"""The OpenAPI document. Routes read their bodies themselves, in any encoding (see `body.py`); this describes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from deployments.api.protocol.answers import (
+    CompletedImageEvent,
+    ErrorAnswer,
+    PartialImageEvent,
+)
+from deployments.api.protocol.lora import LoRATargets, MergeLoRA, SetLoRA
+from deployments.api.protocol.requests import ImageEditRequest, ImageGenerationRequest, VideoRequest, WireRequest
+
+_REF = "#/components/schemas/{model}"
+_REQUESTS = (ImageGenerationRequest, ImageEditRequest, VideoRequest, SetLoRA, MergeLoRA, LoRATargets)
+_EVENTS = (PartialImageEvent, CompletedImageEvent)
+
+JSON = "application/json"
+MULTIPART = "multipart/form-data"
+URLENCODED = "application/x-www-form-urlencoded"
+
+
+def request_body(model: type[WireRequest], *encodings: str, required: bool = True) -> dict[str, Any]:
+    """`openapi_extra` of a route whose body is a `model` in any of these encodings."""
+    schema = {"$ref": _REF.format(model=model.__name__)}
+    return {"requestBody": {"required": required, "content": {encoding: {"schema": schema} for encoding in encodings}}}
+
+
+def event_stream() -> dict[str, Any]:
+    """What a streamed picture's answer is, beside the plain one."""
+    return {"text/event-stream": {"schema": {"anyOf": [{"$ref": _REF.format(model=e.__name__)} for e in _EVENTS]}}}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route that may fail with these statuses, each in the one envelope."""
+    return {status: {"model": ErrorAnswer} for status in statuses}
+
+
+def files(*media_types: str) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route that answers with a file, whole or a part of it."""
+    content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in media_types}
+    return {
+        200: {"description": "The file", "content": content},
+        206: {"description": "The bytes that `Range` asks for", "content": content},
+        304: {"description": "The copy named in `If-None-Match` is current"},
+    }
+
+
+def install(app: FastAPI) -> None:
+    """Let `app` serve its document, with the schemas of all request bodies among the components."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = get_openapi(
+                title=app.title, version=app.version, description=app.description, routes=app.routes
+            )
+            _, definitions = models_json_schema(
+                [*((model, "validation") for model in _REQUESTS), *((event, "serialization") for event in _EVENTS)],
+                ref_template=_REF,
+            )
+            app.openapi_schema["components"]["schemas"].update(definitions["$defs"])
+            # FastAPI describes its own 422 wherever a route has parameters; the envelope's 400 is what is sent.
+            for path in app.openapi_schema["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                app.openapi_schema["components"]["schemas"].pop(name, None)
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]

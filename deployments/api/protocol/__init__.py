@@ -1,0 +1,1 @@
+"""The wire models: what clients send (`requests`) and what they get (`answers`)."""

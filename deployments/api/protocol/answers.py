@@ -1,0 +1,189 @@
+"""Wire models of answers. Fields that OpenAI's have not are marked as extensions; every client lets them pass.
+
+OpenAI's schema wants absent keys where a picture has nothing to say, and nulls where a video has not: pictures are
+therefore dumped with `exclude_none`, videos whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+
+class ErrorObject(Answer):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(Answer):
+    """Every answer with a status of 400 and above."""
+
+    error: ErrorObject
+    detail: str = Field(description="The message again, where clients of FastAPI servers look for it.")
+
+
+class ImageData(Answer):
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int = Field(description="Extension: the seed that gives this picture again.")
+
+
+class ImagesResponse(Answer):
+    id: str = Field(description="Extension: names the pictures in `GET /v1/images/{id}/content`.")
+    created: int
+    background: Literal["opaque"] = "opaque"
+    output_format: str
+    size: str
+    data: list[ImageData]
+    timings: Mapping[str, float] = Field(description="Extension: seconds by stage.")
+
+
+class InputTokensDetails(Answer):
+    image_tokens: int = 0
+    text_tokens: int = 0
+
+
+class Usage(Answer):
+    """Diffusion models count no tokens, but OpenAI's clients require the object in the last event of a stream."""
+
+    input_tokens: int = 0
+    input_tokens_details: InputTokensDetails = InputTokensDetails()
+    output_tokens: int = 0
+    total_tokens: int = 0
+
+
+class ImageEvent(Answer):
+    """What the two events of a picture's stream have in common."""
+
+    b64_json: str
+    background: Literal["opaque"] = "opaque"
+    created_at: int
+    output_format: str
+    quality: Literal["auto"] = "auto"
+    size: str
+
+
+class PartialImageEvent(ImageEvent):
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"]
+    partial_image_index: int
+
+
+class CompletedImageEvent(ImageEvent):
+    type: Literal["image_generation.completed", "image_edit.completed"]
+    usage: Usage = Usage()
+    seed: int = Field(description="Extension: the seed that gives this picture again.")
+
+
+class VideoErrorObject(Answer):
+    code: str
+    message: str
+
+
+class VideoObject(Answer):
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    progress: int
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    prompt: str | None
+    size: str
+    seconds: str
+    remixed_from_video_id: None = None
+    error: VideoErrorObject | None
+    n: int = Field(description="Extension: clips; all but the first are `GET …/content?variant=1`, 2, ….")
+    seeds: list[int] = Field(description="Extension: the seed of each clip.")
+    num_frames: int = Field(description="Extension.")
+    fps: int = Field(description="Extension.")
+    num_inference_steps: int = Field(description="Extension.")
+    timings: Mapping[str, float] = Field(description="Extension: seconds by stage, once completed.")
+
+
+class VideoList(Answer):
+    object: Literal["list"] = "list"
+    data: list[VideoObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedVideo(Answer):
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
+
+
+class ModelObject(Answer):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["ditserve"] = "ditserve"
+    root: str
+    parent: None = None
+    num_gpus: int = Field(description="Extension, as are all that follow: ranks the model is spread over.")
+    task_type: str = Field(description="T2V, I2V, TI2V, T2I, I2I or TI2I.")
+    supported_task_types: list[str]
+    dit_precision: str
+    vae_precision: str
+    pipeline_class: str
+    family: str
+    device: str
+
+
+class ModelList(Answer):
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+
+
+class AppliedLoRA(Answer):
+    nickname: str
+    strength: float
+    target: list[str]
+
+
+class LoadedAdapter(Answer):
+    nickname: str
+    path: str
+    rank: int
+    num_bytes: int
+
+
+class ActiveAdapters(Answer):
+    """The composition on one transformer; `nickname`, `path` and `strength` join or take the first of several."""
+
+    nickname: str
+    nicknames: list[str]
+    path: str
+    merged: bool
+    mode: Literal["merge"] = "merge"
+    strength: float
+    strengths: list[float]
+
+
+class LoRAList(Answer):
+    loaded_adapters: list[LoadedAdapter]
+    active: dict[str, ActiveAdapters] = Field(description="By transformer: what `set_lora` set, merged or not.")
+    replicas: dict[str, list[AppliedLoRA]] = Field(
+        description="Extension: what is merged into the weights of each engine replica right now."
+    )
+
+
+class LoRAAnswer(LoRAList):
+    """Answer of the routes that change adapters: SGLang's two fields, then how things stand now."""
+
+    status: Literal["ok"] = "ok"
+    message: str
+
+
+class Health(Answer):
+    status: Literal["ok", "ready"]

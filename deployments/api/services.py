@@ -1,0 +1,27 @@
+"""What every route works with, given to it by FastAPI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from configs.server_args import ServerArgs
+from deployments.interfaces import Engine, State
+
+
+@dataclass(frozen=True)
+class Services:
+    args: ServerArgs
+    engine: Engine
+    state: State
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+Served = Annotated[Services, Depends(_services)]
+"""The type of a route's parameter that receives the `Services` of its app."""

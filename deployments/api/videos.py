@@ -1,0 +1,128 @@
+"""`/v1/videos`: clips as jobs that are created, watched, downloaded and deleted."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from fastapi import APIRouter, Header, Query, Request, Response
+
+from deployments.api.body import read_fields
+from deployments.api.content import content_response
+from deployments.api.jobs import video_submission
+from deployments.api.openapi import JSON, MULTIPART, URLENCODED, errors, files, request_body
+from deployments.api.protocol.answers import DeletedVideo, VideoErrorObject, VideoList, VideoObject
+from deployments.api.protocol.requests import VideoRequest
+from deployments.api.services import Served
+from deployments.errors import APIError
+from deployments.interfaces import Variant, Video, VideoStatus
+
+router = APIRouter(prefix="/v1/videos", tags=["Videos"])
+
+POLL_AFTER_MS = 1000
+"""What clients that wait for an unfinished video are told; OpenAI's own SDKs take 1 s unless told."""
+
+
+@router.post(
+    "",
+    responses=errors(400, 413, 429, 500, 503),
+    openapi_extra=request_body(VideoRequest, MULTIPART, JSON, URLENCODED),
+)
+async def create_video(
+    request: Request,
+    services: Served,
+    idempotency_key: Annotated[
+        str | None, Header(max_length=255, description="Requests with the same key give the same video.")
+    ] = None,
+) -> VideoObject:
+    """Start making a video from a prompt, and from an image if one is given."""
+    wanted = VideoRequest.parse(await read_fields(request, max_images=1))
+    submission = await video_submission(wanted, services)
+    card = await services.engine.card()
+    return _object(await services.state.create_video(submission.job, submission.media, card.id, idempotency_key))
+
+
+@router.get("", responses=errors(400, 404))
+async def list_videos(
+    services: Served,
+    after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Annotated[Literal["asc", "desc"], Query(description="By time of creation.")] = "desc",
+) -> VideoList:
+    """List videos, page by page."""
+    page = await services.state.list_videos(after, limit, order)
+    data = [_object(video) for video in page.videos]
+    return VideoList(
+        data=data,
+        first_id=data[0].id if data else None,
+        last_id=data[-1].id if data else None,
+        has_more=page.has_more,
+    )
+
+
+@router.get("/{video_id}", responses=errors(404))
+async def get_video(video_id: str, services: Served, response: Response) -> VideoObject:
+    """Tell how far a video is."""
+    video = await services.state.get_video(video_id)
+    if video.status in (VideoStatus.QUEUED, VideoStatus.IN_PROGRESS):
+        response.headers["openai-poll-after-ms"] = str(POLL_AFTER_MS)
+    return _object(video)
+
+
+@router.delete("/{video_id}", responses=errors(404))
+async def delete_video(video_id: str, services: Served) -> DeletedVideo:
+    """Delete a video and its files. One that is being made is stopped within a denoising step."""
+    await services.state.delete_video(video_id)
+    return DeletedVideo(id=video_id)
+
+
+@router.head("/{video_id}/content", include_in_schema=False)
+@router.get(
+    "/{video_id}/content", responses={**files("video/mp4", "image/webp", "image/jpeg"), **errors(400, 404, 416)}
+)
+async def video_content(
+    request: Request,
+    video_id: str,
+    services: Served,
+    variant: Annotated[
+        str, Query(description="`video`, `thumbnail`, `spritesheet`, or the number of a clip, from 0.")
+    ] = "video",
+    index: Annotated[int, Query(ge=0, description="Which of several clips, from 0.")] = 0,
+) -> Response:
+    """Download a finished video, its first frame as a WebP, or a JPEG grid of its frames."""
+    kind, clip = _variant(variant, index)
+    content = await services.state.video_content(video_id, kind, clip)
+    return await content_response(request, services.state, content)
+
+
+def _variant(variant: str, index: int) -> tuple[Variant, int]:
+    for kind in get_args(Variant):
+        if variant == kind:
+            return kind, index
+    if variant.isdecimal() and len(variant) < 3:
+        return "video", int(variant)
+    message = f"Invalid 'variant': '{variant}' is neither video, thumbnail or spritesheet nor the number of a clip"
+    raise APIError(400, message, param="variant", code="invalid_value")
+
+
+def _object(video: Video) -> VideoObject:
+    job = video.job
+    return VideoObject(
+        id=job.id,
+        model=video.model,
+        status=video.status.value,
+        progress=video.progress,
+        created_at=video.created_at,
+        completed_at=video.completed_at,
+        expires_at=video.expires_at,
+        prompt=job.prompt,
+        size=f"{job.width}x{job.height}",
+        # Clients parse whole seconds; the exact length is num_frames / fps.
+        seconds=str(max(1, round(job.num_frames / job.fps))),
+        error=None if video.error is None else VideoErrorObject(code=video.error.code, message=video.error.message),
+        n=len(job.seeds),
+        seeds=list(job.seeds),
+        num_frames=job.num_frames,
+        fps=job.fps,
+        num_inference_steps=job.num_inference_steps,
+        timings=dict(video.timings),
+    )

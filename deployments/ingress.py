@@ -1,0 +1,48 @@
+"""The HTTP application: every route over the engine and the state actor, in one envelope of ids and errors."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, FastAPI, Request
+
+from configs.server_args import ServerArgs
+from deployments.api import error_responses, health, images, lora, models, openapi, videos
+from deployments.api.middleware import RequestMiddleware
+from deployments.api.services import Services
+from deployments.errors import APIError
+from deployments.interfaces import Engine, State
+
+NOT_OFFERED = (
+    "/v1/images/variations",
+    "/v1/videos/edits",
+    "/v1/videos/extensions",
+    "/v1/videos/characters",
+    "/v1/videos/{video_id}/remix",
+)
+"""What OpenAI has beyond this server. Its clients retry a 501, so they are told 404."""
+
+
+def create_app(args: ServerArgs, engine: Engine, state: State) -> FastAPI:
+    """The application as an ASGI callable. It keeps nothing of its own between requests."""
+    app = FastAPI(
+        title="ditserve",
+        version="0.1.0",
+        description="OpenAI's Images and Videos API and SGLang's LoRA management for diffusion transformers.",
+    )
+    app.state.services = Services(args, engine, state)
+    app.add_middleware(RequestMiddleware)
+    error_responses.install(app)
+    openapi.install(app)
+    for router in (_not_offered(), images.router, videos.router, lora.router, models.router, health.router):
+        app.include_router(router)
+    return app
+
+
+def _not_offered() -> APIRouter:
+    router = APIRouter()
+
+    async def refuse(request: Request) -> None:
+        raise APIError(404, f"This server does not offer POST {request.url.path}", code="not_offered")
+
+    for path in NOT_OFFERED:
+        router.add_api_route(path, refuse, methods=["POST"], include_in_schema=False)
+    return router
