@@ -23,7 +23,7 @@ from lora.convert import LAYER, Converted, convert, listed
 from lora.factors import DTYPES, Delta, Factors, LowRank, Update
 from lora.source import InvalidAdapter, Source, resolve
 
-__all__ = ["InvalidAdapter", "Source", "load", "resolve"]
+__all__ = ["Factors", "InvalidAdapter", "Source", "load", "resolve"]
 
 Config = Mapping[str, Any]
 """Fields of PEFT's `LoraConfig`."""
@@ -75,7 +75,7 @@ def _read(source: Source) -> tuple[dict[str, torch.Tensor], Config]:
     """All tensors of the file, and PEFT's config as it lies beside the file or (diffusers) in its header."""
     try:
         with safe_open(source.file, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118: it is no mapping
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
             header = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
@@ -133,7 +133,7 @@ def _updates(
     modules: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, tensor in layers.items():
         layer = LAYER.fullmatch(key)
-        assert layer is not None  # noqa: S101: _demand_known
+        assert layer is not None
         modules[layer["module"]][f"{layer['half']}.{layer['kind']}"] = _storable(tensor)
     updates: dict[str, Update] = {}
     for module, parts in modules.items():
@@ -160,7 +160,7 @@ def _whole(
 
 
 def _scale(module: str, rank: int, alphas: Mapping[str, float], config: Config) -> float:
-    """alpha / rank, as PEFT computes it (`peft.tuners.lora.model.LoraModel._create_and_replace`); 1 without an alpha."""
+    """alpha / rank, by the rules of `peft.tuners.lora.model.LoraModel._create_and_replace`; 1 without an alpha."""
     alpha = alphas.get(f"transformer.{module}", alphas.get(module))
     if alpha is None and "lora_alpha" in config:
         pattern = config.get("alpha_pattern") or {}
@@ -180,7 +180,8 @@ def _demand_known(layers: Mapping[str, torch.Tensor], shapes: Mapping[str, torch
     kinds = {re.sub(r"\d+", "0", name) for name in shapes}
     if all((m := LAYER.fullmatch(key)) and re.sub(r"\d+", "0", f"{m['module']}.weight") in kinds for key in unknown):
         raise InvalidAdapter(
-            f"is for a deeper model: {len(unknown)} of {len(layers)} keys name blocks beyond this one's ({listed(unknown)})"
+            f"is for a deeper model: {len(unknown)} of {len(layers)} keys name blocks that this one has not "
+            f"({listed(unknown)})"
         )
     raise InvalidAdapter(
         f"matches only in part: {len(unknown)} of {len(layers)} keys match no layer ({listed(unknown)})"
@@ -192,13 +193,13 @@ def _demand_fit(updates: Mapping[str, Update], shapes: Mapping[str, torch.Size])
     for name, update in updates.items():
         if isinstance(update, LowRank) and update.down.shape[0] != update.up.shape[1]:
             raise InvalidAdapter(
-                f"is inconsistent: rank {update.down.shape[0]} and rank {update.up.shape[1]} in the two halves of {name}"
+                f"is inconsistent: the halves of {name} have rank {update.down.shape[0]} and {update.up.shape[1]}"
             )
         if name not in shapes:
             raise InvalidAdapter(f"changes {name}, which this model does not have")
         if update.shape != shapes[name]:
             raise InvalidAdapter(
-                f"is for a model of another width: {name} is {_by(shapes[name])} here and {_by(update.shape)} in the LoRA"
+                f"is for a model of another width: {name} is {_by(shapes[name])} here, {_by(update.shape)} in the LoRA"
             )
 
 

@@ -34,7 +34,7 @@ class Traced(torch.Tensor):
         return traced, read
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Traced)]
         sources = frozenset().union(*(tensor.sources for tensor in inputs))
         result = super().__torch_function__(func, types, args, kwargs)

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
 CONFIG_NAME = "adapter_config.json"
 """PEFT's: holds alpha and the like, which PEFT does not write into the safetensors file."""
@@ -98,7 +98,8 @@ def _download(path: str, repo: str, revision: str | None, wanted: str | None) ->
         config = Path(hf_hub_download(repo, beside, revision=commit)) if beside in names else None
     except LocalEntryNotFoundError:
         raise InvalidAdapter(
-            f"'{path}' does not exist: it is no file and no folder, and no Hugging Face repo of that name can be reached"
+            f"'{path}' does not exist: it is no file and no folder, and there is no Hugging Face repo of that name, or "
+            "it can't be reached"
         ) from None
     except (HTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
