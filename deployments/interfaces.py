@@ -97,6 +97,10 @@ class LoRAStatus:
     """Whether new jobs are given that composition."""
     replicas: Mapping[str, tuple[LoRASpec, ...]]
     """What is merged into the weights of each engine replica right now."""
+    num_bytes_held: Mapping[str, int] = field(default_factory=dict)
+    """Host memory with which each rank of a replica keeps the original weights of what is merged."""
+    notes: tuple[str, ...] = ()
+    """What a client should know of this call: a file that changed and was loaded again, a target that was ignored."""
 
 
 class Engine(Protocol):

@@ -1,0 +1,110 @@
+"""Key names of every public adapter format, made diffusers' own: `[transformer.]<module>.lora_A.weight` and the like.
+
+The work is diffusers' (each family's `lora_state_dict`). Here is what it leaves open: which keys it left unused,
+alphas that it would round to half precision, and names that PEFT itself writes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+
+from lora.provenance import Traced, used_keys
+from lora.source import InvalidAdapter
+from lora.wan import take_full_updates
+
+PEFT_PREFIX = "base_model.model."
+
+ALPHA = re.compile(r"(?P<module>.+?)(\.lora_[AB]\.weight)?\.alpha")
+
+LAYER = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.(?P<kind>weight|bias)")
+"""One tensor of one layer."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    layers: Mapping[str, torch.Tensor]
+    """Halves of low-rank pairs, by key in diffusers' naming."""
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    """By module; alphas that are already folded into the layers are not among them."""
+    whole: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Whole-tensor updates of the first transformer by parameter name."""
+
+
+def convert(tensors: Mapping[str, torch.Tensor], pipeline_class: type, parameters: Mapping[str, object]) -> Converted:
+    """Rename all tensors of a file.
+
+    Args:
+        parameters: names of the first transformer's parameters.
+
+    Raises:
+        InvalidAdapter: the file is of no format that the pipeline's family knows, or not every key has a use.
+    """
+    ours = {key: key.removeprefix(PEFT_PREFIX) for key in tensors}
+    if any((layer := LAYER.fullmatch(key)) and f"{layer['module']}.weight" in parameters for key in ours.values()):
+        return Converted({ours[key]: tensor for key, tensor in tensors.items()})
+
+    if not hasattr(pipeline_class, "lora_state_dict"):
+        raise InvalidAdapter(f"can't be used: {pipeline_class.__name__} takes no LoRA")
+    # In fp32, so that folding in an alpha rounds nothing.
+    traced, read = Traced.of({key: tensor.float() for key, tensor in tensors.items()})
+    whole = take_full_updates(traced) if issubclass(pipeline_class, WanLoraLoaderMixin) else {}
+    layers, alphas = _by_diffusers(traced, pipeline_class) if traced else ({}, {})
+
+    used = used_keys([*layers.values(), *whole.values()], read)
+    unused = [key for key in tensors if key not in used and not _is_neutral(key, tensors)]
+    if unused:
+        raise InvalidAdapter(f"has {len(unused)} keys that {pipeline_class.__name__} has no use for: {listed(unused)}")
+    return Converted(
+        {key: _narrowed(tensor, tensors) for key, tensor in layers.items()},
+        alphas,
+        {name: _narrowed(tensor, tensors) for name, tensor in whole.items() if tensor.any()},
+    )
+
+
+def _by_diffusers(
+    traced: dict[str, torch.Tensor], pipeline_class: type
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    converter = pipeline_class.lora_state_dict  # type: ignore[attr-defined]
+    options = {"return_alphas": True} if "return_alphas" in inspect.signature(converter).parameters else {}
+    try:
+        result = converter(traced, **options)
+    except Exception as error:  # the converters fail in any way (KeyError, IndexError, AssertionError …) on a misfit
+        raise InvalidAdapter(
+            f"is of no LoRA format that {pipeline_class.__name__} knows (keys such as {listed(traced)})"
+        ) from error
+    state, alphas = result if isinstance(result, tuple) else (result, None)
+    tensors = {**state, **(alphas or {})}
+    return (
+        {key: tensor for key, tensor in tensors.items() if not ALPHA.fullmatch(key)},
+        {match["module"]: float(tensor) for key, tensor in tensors.items() if (match := ALPHA.fullmatch(key))},
+    )
+
+
+def _is_neutral(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether leaving the key out changes nothing: an update by zero, or an alpha that equals its layer's rank."""
+    if match := ALPHA.fullmatch(key):
+        halves = (tensors.get(f"{match['module']}.{half}.weight") for half in ("lora_down", "lora_A"))
+        return any(half is not None and half.shape[0] == tensors[key].item() for half in halves)
+    return not tensors[key].any()
+
+
+def _narrowed(tensor: torch.Tensor, file: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A plain tensor, in the precision it has in the file if it has the same values there."""
+    sources = tensor.sources if isinstance(tensor, Traced) else frozenset()
+    tensor = tensor.as_subclass(torch.Tensor)
+    for dtype in {file[key].dtype for key in sources if file[key].dtype in (torch.bfloat16, torch.float16)}:
+        if torch.equal(tensor.to(dtype).float(), tensor):
+            return tensor.to(dtype)
+    return tensor
+
+
+def listed(keys: Mapping[str, object] | list[str], limit: int = 3) -> str:
+    """The first few keys, for a message."""
+    first = list(keys)[:limit]
+    return ", ".join(first) + (", …" if len(keys) > limit else "")

@@ -1,0 +1,212 @@
+"""From an adapter file in any public format to factors that are known to fit the model, or one clear reason why not.
+
+What diffusers would let pass with a warning (keys that nothing uses, layers that the model does not have, an adapter
+for another model) is an error here, found before a weight is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft.utils import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from lora.convert import LAYER, Converted, convert, listed
+from lora.factors import DTYPES, Delta, Factors, LowRank, Update
+from lora.source import InvalidAdapter, Source, resolve
+
+__all__ = ["Factors", "InvalidAdapter", "Source", "load", "resolve"]
+
+Config = Mapping[str, Any]
+"""Fields of PEFT's `LoraConfig`."""
+
+OTHER_METHODS = {
+    "lokr_": "LoKr",
+    "hada_": "LoHa",
+    "oft_": "OFT",
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+}
+"""Marks in the keys of adapters that are no plain LoRA."""
+
+
+def load(source: Source, pipeline_class: type, transformers: Mapping[str, nn.Module]) -> Factors:
+    """Read, convert and validate an adapter for the transformers of a pipeline.
+
+    What a file gives for the first transformer alone goes to all of the model (both experts of Wan 2.2). The factors
+    keep the file's precision, save where an alpha that was folded into them needs fp32.
+
+    Args:
+        source: what `resolve` found.
+        pipeline_class: the diffusers pipeline, whose `lora_state_dict` knows the family's formats.
+        transformers: by component name; only names and shapes of their parameters are read.
+
+    Raises:
+        InvalidAdapter: with one reason that a client can act upon.
+    """
+    shapes = {name: {p: v.shape for p, v in module.named_parameters()} for name, module in transformers.items()}
+    first = next(iter(shapes))
+    try:
+        tensors, config = _read(source)
+        _demand_lora(tensors, config)
+        converted = convert(tensors, pipeline_class, shapes[first])
+        updates = {
+            name: _updates(layers, converted, config, shapes[name])
+            for name, layers in _by_transformer(converted.layers, shapes).items()
+        }
+        updates[first] = updates.get(first, {}) | _whole(converted.whole, updates.get(first, {}), shapes[first])
+    except InvalidAdapter as error:
+        raise InvalidAdapter(f"LoRA '{source.path}' {error}") from error.__cause__
+    updates = {name: of_transformer for name, of_transformer in updates.items() if of_transformer}
+    if updates.keys() == {first}:
+        updates = dict.fromkeys(shapes, updates[first])
+    return Factors(updates)
+
+
+def _read(source: Source) -> tuple[dict[str, torch.Tensor], Config]:
+    """All tensors of the file, and PEFT's config as it lies beside the file or (diffusers) in its header."""
+    try:
+        with safe_open(source.file, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+            header = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        truncated = "is truncated" if "not fully covered" in reason else "can't be read as safetensors"
+        raise InvalidAdapter(f"{truncated} ({reason})") from error
+    try:
+        if source.config is not None:
+            return tensors, json.loads(source.config.read_text())
+        prefixed = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    except ValueError as error:
+        raise InvalidAdapter(f"has a config that is no JSON ({error})") from error
+    return tensors, {key.partition(".")[2]: value for key, value in prefixed.items()}
+
+
+def _demand_lora(tensors: Mapping[str, torch.Tensor], config: Config) -> None:
+    """Refuse what is no LoRA, or more than a LoRA of the transformer, by its key names and values alone."""
+    methods = [method for mark, method in OTHER_METHODS.items() if any(mark in key for key in tensors)]
+    methods += ["DoRA"] if config.get("use_dora") else []
+    methods += [config["peft_type"]] if config.get("peft_type", "LORA") != "LORA" else []
+    if methods:
+        raise InvalidAdapter(f"is a {methods[0]} adapter; only plain LoRA is supported")
+    if not any("lora" in key or key.endswith((".diff", ".diff_b")) for key in tensors):
+        raise InvalidAdapter(f"is not a LoRA: no key names a LoRA layer ({listed(tensors)})")
+    text_encoder = [key for key in tensors if key.startswith(("lora_te", "text_encoder"))]
+    if text_encoder:
+        raise InvalidAdapter(
+            f"also changes the text encoder ({len(text_encoder)} of {len(tensors)} keys: {listed(text_encoder)}), "
+            "which is not supported: save it without those keys"
+        )
+    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
+    if broken:
+        raise InvalidAdapter(f"has NaN or infinite values in {listed(broken)}")
+
+
+def _by_transformer(
+    layers: Mapping[str, torch.Tensor], transformers: Iterable[str]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Divide keys by their first component; those that begin with no transformer's name are the first one's."""
+    names = list(transformers)
+    divided: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for key, tensor in layers.items():
+        name, _, rest = key.partition(".")
+        if name in names:
+            divided[name][rest] = tensor
+        else:
+            divided[names[0]][key] = tensor
+    return divided
+
+
+def _updates(
+    layers: Mapping[str, torch.Tensor], converted: Converted, config: Config, shapes: Mapping[str, torch.Size]
+) -> dict[str, Update]:
+    """The updates of one transformer by parameter name. Raises `InvalidAdapter` unless every layer fits."""
+    _demand_known(layers, shapes)
+    modules: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for key, tensor in layers.items():
+        layer = LAYER.fullmatch(key)
+        assert layer is not None
+        modules[layer["module"]][f"{layer['half']}.{layer['kind']}"] = _storable(tensor)
+    updates: dict[str, Update] = {}
+    for module, parts in modules.items():
+        if not {"A.weight", "B.weight"} <= parts.keys():
+            raise InvalidAdapter(f"is incomplete: {module} has only lora_{' and lora_'.join(sorted(parts))}")
+        down, up = parts["A.weight"], parts["B.weight"].flatten(1)
+        scale = _scale(module, down.shape[0], converted.alphas, config)
+        updates[f"{module}.weight"] = LowRank(down, up, scale)
+        if "B.bias" in parts:
+            updates[f"{module}.bias"] = Delta(parts["B.bias"], scale)
+    _demand_fit(updates, shapes)
+    return updates
+
+
+def _whole(
+    deltas: Mapping[str, torch.Tensor], updates: Mapping[str, Update], shapes: Mapping[str, torch.Size]
+) -> dict[str, Update]:
+    twice = [name for name in deltas if name in updates]
+    if twice:
+        raise InvalidAdapter(f"gives {listed(twice)} both a low-rank and a whole update")
+    whole: dict[str, Update] = {name: Delta(_storable(delta)) for name, delta in deltas.items()}
+    _demand_fit(whole, shapes)
+    return whole
+
+
+def _scale(module: str, rank: int, alphas: Mapping[str, float], config: Config) -> float:
+    """alpha / rank, by the rules of `peft.tuners.lora.model.LoraModel._create_and_replace`; 1 without an alpha."""
+    alpha = alphas.get(f"transformer.{module}", alphas.get(module))
+    if alpha is None and "lora_alpha" in config:
+        pattern = config.get("alpha_pattern") or {}
+        alpha = pattern.get(get_pattern_key(pattern.keys(), module), config["lora_alpha"])
+    if alpha is None:
+        return 1.0
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _demand_known(layers: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Every key must be a half of a pair for a module that the transformer has."""
+    unknown = [key for key in layers if not ((m := LAYER.fullmatch(key)) and f"{m['module']}.weight" in shapes)]
+    if not unknown:
+        return
+    if len(unknown) == len(layers):
+        raise InvalidAdapter(f"is for another model: no layer matches this one ({listed(unknown)})")
+    kinds = {re.sub(r"\d+", "0", name) for name in shapes}
+    if all((m := LAYER.fullmatch(key)) and re.sub(r"\d+", "0", f"{m['module']}.weight") in kinds for key in unknown):
+        raise InvalidAdapter(
+            f"is for a deeper model: {len(unknown)} of {len(layers)} keys name blocks that this one has not "
+            f"({listed(unknown)})"
+        )
+    raise InvalidAdapter(
+        f"matches only in part: {len(unknown)} of {len(layers)} keys match no layer ({listed(unknown)})"
+    )
+
+
+def _demand_fit(updates: Mapping[str, Update], shapes: Mapping[str, torch.Size]) -> None:
+    """Every update must have its parameter's shape."""
+    for name, update in updates.items():
+        if isinstance(update, LowRank) and update.down.shape[0] != update.up.shape[1]:
+            raise InvalidAdapter(
+                f"is inconsistent: the halves of {name} have rank {update.down.shape[0]} and {update.up.shape[1]}"
+            )
+        if name not in shapes:
+            raise InvalidAdapter(f"changes {name}, which this model does not have")
+        if update.shape != shapes[name]:
+            raise InvalidAdapter(
+                f"is for a model of another width: {name} is {_by(shapes[name])} here, {_by(update.shape)} in the LoRA"
+            )
+
+
+def _storable(tensor: torch.Tensor) -> torch.Tensor:
+    """In a precision that factors are kept in: others (fp8, fp64) become fp32."""
+    return tensor if tensor.dtype in DTYPES.values() else tensor.float()
+
+
+def _by(shape: torch.Size) -> str:
+    return "x".join(str(size) for size in shape)

@@ -1,0 +1,107 @@
+"""Where an adapter's weights lie: from what a client names to one safetensors file, without loading it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+
+CONFIG_NAME = "adapter_config.json"
+"""PEFT's: holds alpha and the like, which PEFT does not write into the safetensors file."""
+
+PREFERRED_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""What diffusers and PEFT call the file, looked for first in a folder of several."""
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+REPO = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*?)(@(?P<revision>[\w.-]+))?(/(?P<file>[\w./ -]+\.safetensors))?")
+"""`owner/name`, with `@revision` or `/file.safetensors` where needed."""
+
+
+class InvalidAdapter(ValueError):
+    """The adapter can't be used with this model; the message is one sentence that says why."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter that exists."""
+
+    path: str
+    """As the client named it: the only name that may stand in a message."""
+    file: Path
+    config: Path | None
+    """PEFT's `adapter_config.json` beside it."""
+    identity: str
+    """Equal for equal weights: a hash over the file's place, size and time, or `repo@revision/file`."""
+
+
+def resolve(path: str) -> Source:
+    """Find the safetensors file that `path` means: a file, a folder or a Hugging Face repo id, in this order.
+
+    Only a repo's chosen file is downloaded (and PEFT's config); without network the local cache serves.
+
+    Raises:
+        InvalidAdapter: nothing is there, or nothing but pickles, or it is not clear which file is meant.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        return _local(path, place)
+    if place.is_dir():
+        names = sorted(file.name for file in place.iterdir())
+        return _local(path, place / _choose(path, names))
+    # Two components ending in .safetensors are a relative path: no one calls a repo that.
+    match = REPO.fullmatch(path)
+    if match is None or (path.endswith(".safetensors") and match["file"] is None):
+        raise InvalidAdapter(f"'{path}' does not exist: it is no file, no folder and no Hugging Face repo id")
+    return _download(path, match["repo"], match["revision"], match["file"])
+
+
+def _local(path: str, file: Path) -> Source:
+    if file.suffix in PICKLES:
+        raise InvalidAdapter(f"'{path}' is a pickle; only safetensors files are read, because pickles can run code")
+    config: Path | None = file.parent / CONFIG_NAME
+    config = config if config and config.is_file() else None
+    state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in (file, config) if f]
+    return Source(path, file, config, identity=sha256(repr(state).encode()).hexdigest())
+
+
+def _choose(path: str, names: list[str]) -> str:
+    candidates = [name for name in names if name.endswith(".safetensors")]
+    preferred = [name for name in PREFERRED_NAMES if name in candidates]
+    if preferred:
+        return preferred[0]
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        listed = ", ".join(candidates[:5]) + (", …" if len(candidates) > 5 else "")
+        raise InvalidAdapter(f"'{path}' has {len(candidates)} safetensors files ({listed}); name the one that is meant")
+    if any(name.endswith(PICKLES) for name in names):
+        raise InvalidAdapter(f"'{path}' has only pickled weights; only safetensors files are read")
+    raise InvalidAdapter(f"'{path}' has no safetensors file")
+
+
+def _download(path: str, repo: str, revision: str | None, wanted: str | None) -> Source:
+    try:
+        try:
+            info = HfApi().model_info(repo, revision=revision)
+            commit, names = info.sha, [sibling.rfilename for sibling in info.siblings or ()]
+        except (HTTPError, OSError):  # gone, private, or no network: what was downloaded before still serves
+            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+            commit, names = folder.name, [str(file.relative_to(folder)) for file in folder.rglob("*")]
+        name = wanted or _choose(path, sorted(name for name in names if "/" not in name))
+        file = Path(hf_hub_download(repo, name, revision=commit))
+        beside = str(Path(name).with_name(CONFIG_NAME))
+        config = Path(hf_hub_download(repo, beside, revision=commit)) if beside in names else None
+    except LocalEntryNotFoundError:
+        raise InvalidAdapter(
+            f"'{path}' does not exist: it is no file and no folder, and there is no Hugging Face repo of that name, or "
+            "it can't be reached"
+        ) from None
+    except (HTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InvalidAdapter(f"'{path}' could not be downloaded from Hugging Face: {reason}") from error
+    return Source(path, file, config, identity=f"{repo}@{commit}/{name}")
