@@ -1,0 +1,49 @@
+# make serve   the server in the foreground with the bundled model; flags go in ARGS="--num-gpus 4 --port 30010"
+# make test    all tests; a choice of them goes in ARGS="tests/lora -k merge"
+# make lint    ruff and mypy
+
+PYTHON ?= python3
+ARGS ?=
+CONSTRAINTS := .ci/constraints.txt
+LITELLM_CONSTRAINTS := .ci/constraints-litellm.txt
+
+.PHONY: serve test lint clean
+.DELETE_ON_ERROR:
+
+serve: .venv/installed
+	.venv/bin/ditserve serve $(ARGS)
+
+# Ray would else ask for a token that it writes into the home folder, and diffusers for models on the internet.
+test: export RAY_AUTH_MODE := disabled
+test: export RAY_USAGE_STATS_ENABLED := 0
+test: export HF_HUB_OFFLINE := 1
+test: .venv/installed .venv-litellm/installed
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv .venv-litellm
+
+pinned = $(shell grep '^$(1)==' $(2))
+
+# torch comes first and by its exact version: that alone lets pip take a CPU build where one is offered, in place of
+# gigabytes of CUDA. The build backend is then in place too (torch requires setuptools), at its pinned version.
+.venv/installed: pyproject.toml $(CONSTRAINTS)
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet $(call pinned,pip,$(CONSTRAINTS))
+	.venv/bin/pip install --quiet --constraint $(CONSTRAINTS) $(call pinned,torch,$(CONSTRAINTS))
+	.venv/bin/pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test]'
+	touch $@
+
+# LiteLLM is the second client that the end-to-end tests talk with. It needs openai 2 where .venv has 3.
+.venv-litellm/installed: $(LITELLM_CONSTRAINTS)
+	rm -rf .venv-litellm
+	$(PYTHON) -m venv .venv-litellm
+	.venv-litellm/bin/pip install --quiet $(call pinned,pip,$<)
+	.venv-litellm/bin/pip install --quiet --constraint $< litellm
+	touch $@
