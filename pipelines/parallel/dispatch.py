@@ -82,7 +82,7 @@ class DispatchedJointProcessor:
         attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
-        attention_mask: None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         heads = (attn.heads, -1)
         query = attn.to_q(hidden_states).unflatten(-1, heads)
