@@ -6,6 +6,8 @@ that a CPU computes in a blink. Its pictures are abstract: nothing was trained.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -56,10 +58,10 @@ def build() -> WanPipeline:
     )
 
 
-def byte_tokenizer(special_tokens: tuple[str, ...] = (), model_max_length: int = 512) -> PreTrainedTokenizerFast:
+def byte_tokenizer(special_tokens: tuple[str, ...] = (), **kwargs: Any) -> PreTrainedTokenizerFast:
     """One token a byte, so that every UTF-8 prompt has tokens of its own; then `</s>`.
 
-    Its vocabulary is `<pad>`, `</s>`, `<unk>`, the 256 bytes, and `special_tokens`.
+    Its vocabulary is `<pad>`, `</s>`, `<unk>`, the 256 bytes, and `special_tokens`; `kwargs` go to the tokenizer.
     """
     basic = ["<pad>", "</s>", "<unk>"]
     vocabulary = {token: index for index, token in enumerate([*basic, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
@@ -75,7 +77,7 @@ def byte_tokenizer(special_tokens: tuple[str, ...] = (), model_max_length: int =
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
-        model_max_length=model_max_length,
+        **{"model_max_length": 512, **kwargs},
     )
 
 

@@ -5,11 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.qwenimage import (
+    pipeline_qwenimage_edit,
+    pipeline_qwenimage_edit_inpaint,
+    pipeline_qwenimage_edit_plus,
+)
 
 from pipelines.bundled import make_directory_once
 from pipelines.bundled.builder import randomize
@@ -56,3 +63,22 @@ def save(family_name: str, directory: Path | str) -> Path:
     return make_directory_once(
         Path(directory, family_name), lambda private: build(family_name).save_pretrained(private)
     )
+
+
+@contextmanager
+def small_reference_images() -> Iterator[None]:
+    """Within it Qwen-Image-Edit enlarges its input images to 64x64 pixels, not to its fixed 1024x1024.
+
+    At those the VAE's middle attention alone, over 16384 positions, takes seconds on a CPU.
+    """
+    with ExitStack() as patches:
+        for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_inpaint, pipeline_qwenimage_edit_plus):
+            full_size = module.calculate_dimensions
+            patches.enter_context(
+                mock.patch.object(
+                    module,
+                    "calculate_dimensions",
+                    lambda area, ratio, full_size=full_size: full_size(area // 256, ratio),
+                )
+            )
+        yield

@@ -109,7 +109,7 @@ def flux2() -> Flux2Pipeline:
         scheduler=dynamic_scheduler(),
         vae=flux2_vae(),
         text_encoder=text.mistral3(),
-        tokenizer=text.pixtral_processor(),
+        tokenizer=text.mistral_tokenizer(),
         transformer=flux2_transformer(guidance_embeds=True),
     )
 

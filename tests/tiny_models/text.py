@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import transformers
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextConfig,
@@ -12,13 +11,13 @@ from transformers import (
     CLIPVisionModel,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
-    PixtralImageProcessorPil,
-    PixtralProcessor,
+    MistralConfig,
+    PaddleOCRVLProcessor,
+    PixtralVisionConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
-    Qwen2VLProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -40,15 +39,16 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-PIXTRAL_CHAT = (
-    "{% for message in messages %}[{{ message.role }}]{% for part in message.content %}"
-    "{% if part.type == 'text' %}{{ part.text }}{% else %}[IMG]{% endif %}{% endfor %}{% endfor %}"
+USER_ONLY = (
+    "{% for message in messages if message.role == 'user' %}{% for part in message.content %}"
+    "{{ part.text }}{% endfor %}{% endfor %}"
 )
-PIXTRAL_TOKENS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
 
 
 def chat_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = byte_tokenizer(CHATML_TOKENS, model_max_length=2048)
+    tokenizer = byte_tokenizer(
+        CHATML_TOKENS, model_max_length=2048, model_specific_special_tokens={"image_token": "<|image_pad|>"}
+    )
     tokenizer.chat_template = CHATML
     return tokenizer
 
@@ -163,16 +163,17 @@ def qwen25_vl() -> Qwen2_5_VLForConditionalGeneration:
     )
 
 
-def qwen_processor() -> Qwen2VLProcessor:
-    return Qwen2VLProcessor(image_processor=Qwen2VLImageProcessorPil(), tokenizer=chat_tokenizer())
+def qwen_processor() -> PaddleOCRVLProcessor:
+    """Qwen's image processor and tokenizer under a processor that does without video, and so without torchvision."""
+    return PaddleOCRVLProcessor(image_processor=Qwen2VLImageProcessorPil(), tokenizer=chat_tokenizer())
 
 
 def mistral3() -> Mistral3ForConditionalGeneration:
     """FLUX.2 reads the hidden states of layers 10, 20 and 30, so it needs 30."""
     return Mistral3ForConditionalGeneration(
         Mistral3Config(
-            text_config=transformers.MistralConfig(
-                vocab_size=len(byte_tokenizer(PIXTRAL_TOKENS)),
+            text_config=MistralConfig(
+                vocab_size=len(byte_tokenizer(("[IMG]",))),
                 hidden_size=DIM,
                 intermediate_size=64,
                 num_hidden_layers=30,
@@ -182,17 +183,16 @@ def mistral3() -> Mistral3ForConditionalGeneration:
                 bos_token_id=None,
                 eos_token_id=END,
             ),
-            vision_config=transformers.PixtralVisionConfig(
+            vision_config=PixtralVisionConfig(
                 hidden_size=DIM, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=64
             ),
-            image_token_index=byte_tokenizer(PIXTRAL_TOKENS).convert_tokens_to_ids("[IMG]"),
+            image_token_index=byte_tokenizer(("[IMG]",)).convert_tokens_to_ids("[IMG]"),
         )
     )
 
 
-def pixtral_processor() -> PixtralProcessor:
-    return PixtralProcessor(
-        image_processor=PixtralImageProcessorPil(),
-        tokenizer=byte_tokenizer(PIXTRAL_TOKENS, model_max_length=2048),
-        chat_template=PIXTRAL_CHAT,
-    )
+def mistral_tokenizer() -> PreTrainedTokenizerFast:
+    """Stands where FLUX.2 has a `PixtralProcessor`, which needs torchvision and here only ever sees text."""
+    tokenizer = byte_tokenizer(("[IMG]",), model_max_length=2048)
+    tokenizer.chat_template = USER_ONLY
+    return tokenizer

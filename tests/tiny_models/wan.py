@@ -66,7 +66,7 @@ def text_to_video_21() -> WanPipeline:
 
 
 def image_to_video_21() -> WanImageToVideoPipeline:
-    """36 input channels: 16 of noise, 4 of mask, 16 of the encoded first frame; CLIP's view of it in cross-attention."""
+    """36 input channels: 16 of noise, 4 of mask, 16 of the encoded first frame. Cross-attention sees CLIP's view of it."""
     image_encoder, image_processor = text.clip_vision()
     return WanImageToVideoPipeline(
         tokenizer=byte_tokenizer(),
