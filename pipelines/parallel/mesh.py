@@ -1,0 +1,106 @@
+"""`Mesh`: the ranks of one gang, their coordinates, and the process groups along each axis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import cast
+
+import torch
+import torch.distributed as dist
+
+from configs.parallel import ParallelDims
+
+Group = dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place in the row-major mesh `(cfg, ring, ulysses)` and the groups it belongs to.
+
+    A mesh is one replica: `dims.dp_size` plays no part in it. A gang of one has none.
+    """
+
+    rank: int
+    dims: ParallelDims
+    device: torch.device
+    group: Group
+    """The whole gang."""
+    sequence: Group
+    """The ranks that share one token sequence: a plane of the mesh, row-major over `(ring, ulysses)`."""
+    ulysses: Group
+    ring: Group
+    cfg: Group
+    """The ranks that hold the same tokens of either branch of guidance."""
+    control: Group
+    """The whole gang over gloo: objects and decisions, which must not wait for a GPU stream."""
+
+    @classmethod
+    def create(cls, dims: ParallelDims, rank: int, device: torch.device, init_method: str, timeout: timedelta) -> Mesh:
+        """Meet the other ranks; return once all have come.
+
+        Args:
+            dims: sizes of the axes; `dims.gang_size` ranks must call this.
+            rank: this rank, 0 to `dims.gang_size - 1`.
+            device: where this rank's tensors live. Under Ray each actor sees one GPU, so it is `cuda:0` on every rank.
+            init_method: `tcp://host:port` on rank 0's host, or `file://path` of a file that does not exist yet.
+            timeout: how long any collective may wait for its peers before it raises.
+        """
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            init_method=init_method,
+            rank=rank,
+            world_size=dims.gang_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+
+        def group_along(ranks: torch.Tensor) -> Group:
+            """The group whose row of `ranks`, one group a row, holds this rank."""
+            return dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)[0]
+
+        # Plain groups rather than `init_device_mesh("cuda")`, which sets the device from LOCAL_RANK.
+        mesh = torch.arange(dims.gang_size).view(dims.cfg_degree, dims.ring_degree, dims.ulysses_degree)
+        return cls(
+            rank=rank,
+            dims=dims,
+            device=device,
+            group=cast(Group, dist.group.WORLD),
+            sequence=group_along(mesh.flatten(1)),
+            ulysses=group_along(mesh.flatten(0, 1)),
+            ring=group_along(mesh.movedim(1, -1).flatten(0, 1)),
+            cfg=group_along(mesh.movedim(0, -1).flatten(0, 1)),
+            control=dist.new_group(backend="gloo", timeout=timeout),
+        )
+
+    @property
+    def size(self) -> int:
+        return self.dims.gang_size
+
+    @property
+    def cfg_rank(self) -> int:
+        return self.rank // self.dims.sp_degree
+
+    @property
+    def sequence_rank(self) -> int:
+        return self.rank % self.dims.sp_degree
+
+    @property
+    def ring_rank(self) -> int:
+        return self.sequence_rank // self.dims.ulysses_degree
+
+    @property
+    def ulysses_rank(self) -> int:
+        return self.rank % self.dims.ulysses_degree
+
+    def agree(self, value: int) -> int:
+        """Rank 0's `value`, on every rank: how all ranks act alike at a step boundary."""
+        decision = torch.tensor(value)
+        dist.broadcast(decision, group_src=0, group=self.control)
+        return int(decision)
+
+    def close(self) -> None:
+        """Leave all groups. A collective that a peer still waits in fails there."""
+        dist.destroy_process_group()

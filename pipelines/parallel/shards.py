@@ -1,0 +1,93 @@
+"""How a sequence of tokens lies over ranks in unequal shards, and how it is cut and put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipelines.parallel.mesh import Mesh
+from pipelines.parallel.plans import Streams
+
+
+def shard(x: Tensor, dim: int, mesh: Mesh) -> Tensor:
+    """This rank's piece of `x` (a view). The first ranks have one token more where the ranks do not divide."""
+    return x.tensor_split(mesh.dims.sp_degree, dim)[mesh.sequence_rank]
+
+
+def shard_lengths(total: int, ranks: int) -> tuple[int, ...]:
+    """The number of tokens that `shard` leaves on every rank."""
+    return tuple(total // ranks + (rank < total % ranks) for rank in range(ranks))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of one or several streams are when each stream is cut on its own.
+
+    With text `t` and image `i` over two ranks, the whole sequence is `t0 t1 t2 t3 i0 i1 i2 i3`, and the ranks' shards
+    one after the other are `t0 t1 i0 i1 t2 t3 i2 i3`.
+    """
+
+    lengths: tuple[int, ...]
+    """Tokens on every rank."""
+    to_shards: Tensor | None
+    """(S,) `whole[to_shards]` is the sequence in the order of the shards; None where the orders are the same."""
+    from_shards: Tensor | None
+    """(S,) the inverse."""
+
+
+@lru_cache(maxsize=256)
+def layout(totals: tuple[int, ...], ranks: int, device: torch.device) -> Layout:
+    """The layout of streams that have `totals` tokens."""
+    lengths = [shard_lengths(total, ranks) for total in totals]
+    tokens_on_rank = tuple(map(sum, zip(*lengths, strict=True)))
+    if len(totals) == 1:
+        return Layout(tokens_on_rank, None, None)
+    streams = torch.arange(sum(totals), device=device).split(totals)
+    pieces = zip(*(stream.tensor_split(ranks) for stream in streams), strict=True)
+    to_shards = torch.cat([torch.cat(piece) for piece in pieces])
+    return Layout(tokens_on_rank, to_shards, to_shards.argsort())
+
+
+class ShardedSequence:
+    """A sequence of tokens over the ranks of `mesh.sequence`, as it is in the forward that runs now.
+
+    Every rank sees whole inputs before it splits them, so every rank knows all lengths without asking.
+    """
+
+    def __init__(self, mesh: Mesh, streams: Streams):
+        self.mesh = mesh
+        self.streams = streams
+        self.layout: Layout
+        self._key_mask: Tensor | None = None
+
+    def begin(self, totals: Mapping[str, int]) -> None:
+        """A forward begins whose streams have `totals` tokens."""
+        totals_in_order = tuple(totals[name] for name in self.streams)
+        self.layout = layout(totals_in_order, self.mesh.dims.sp_degree, self.mesh.device)
+        self._key_mask = None
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """The whole of which every rank holds its shard `x`, in the order of the shards."""
+        # Collectives over tensors of one size are the ones that gloo and NCCL both have: pad, gather, trim.
+        longest = max(self.layout.lengths)
+        mine = x.movedim(dim, 0)
+        mine = F.pad(mine, [0, 0] * (x.dim() - 1) + [0, longest - len(mine)]).contiguous()
+        everyones = mine.new_empty(len(self.layout.lengths) * longest, *mine.shape[1:])
+        dist.all_gather_into_tensor(everyones, mine, group=self.mesh.sequence)
+        shards = zip(everyones.split(longest), self.layout.lengths, strict=True)
+        return torch.cat([piece[:length] for piece, length in shards]).movedim(0, dim)
+
+    def key_mask(self, mask: Tensor) -> Tensor:
+        """(B, S) whole mask of which `mask` has this rank's columns, in the order of the shards.
+
+        It is gathered once a forward, not once a layer: transformers mask padding, which is the same in all of them.
+        """
+        if self._key_mask is None:
+            self._key_mask = self.gather(mask.reshape(len(mask), self.layout.lengths[self.mesh.sequence_rank]), dim=1)
+        return self._key_mask
