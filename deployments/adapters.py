@@ -7,7 +7,7 @@ change the default of new jobs, once every replica has it in its weights.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -67,7 +67,7 @@ class AdapterRegistry:
 
     def __init__(
         self,
-        loader: AdapterLoader,
+        loader: Callable[[], AdapterLoader],
         *,
         cache_bytes: int,
         switch: Literal["refuse", "auto"] = "refuse",
@@ -291,7 +291,7 @@ class AdapterRegistry:
                 raise _unknown(request.nickname)
             path = before.path
         async with self._loading:
-            identity = await self._loader.identify_lora(path)
+            identity = await self._loader().identify_lora(path)
             if identity not in self._adapters or identity not in self._cache:
                 identity = (await self._load(path)).identity
         if before is not None and before.path == path and before.identity != identity:
@@ -300,7 +300,7 @@ class AdapterRegistry:
 
     async def _load(self, path: str) -> LoadedAdapter:
         """Load and remember; the caller holds `_loading`."""
-        loaded = await self._loader.load_lora(path)
+        loaded = await self._loader().load_lora(path)
         self._adapters[loaded.identity] = Adapter(
             path, loaded.identity, loaded.rank, loaded.num_bytes, loaded.transformers
         )

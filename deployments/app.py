@@ -12,7 +12,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from configs.server_args import ServerArgs
-from deployments.clients import EngineClient, StateClient
+from deployments.clients import EngineClient, StateClient, connect_engine
 from deployments.engine import Engine
 from deployments.ingress import create_app
 from deployments.state import state_actor
@@ -20,8 +20,9 @@ from deployments.state import state_actor
 ENGINE_CPUS = 0.1
 """CPUs the engine replica reserves: it only waits for its ranks."""
 
-LONGEST_JOB_SECONDS = 2 * 3600.0
-"""How long a replica that is being replaced may take to finish its job."""
+DRAIN_SECONDS = 10.0
+"""How long a replica that is being replaced may take to finish its job; a cluster's YAML sets its own. A video whose
+replica goes is computed again by the next one."""
 
 
 class Ingress:
@@ -30,7 +31,7 @@ class Ingress:
     def __init__(self, args: ServerArgs, engine: DeploymentHandle):
         self.args = args
         self.engine = EngineClient(engine)
-        self.state = StateClient(state_actor(args))
+        self.state = StateClient(state_actor(args, connect_engine))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.args, self.engine, self.state)
@@ -82,7 +83,7 @@ def engine_options(args: ServerArgs) -> dict[str, Any]:
         "placement_group_strategy": "PACK",
         "health_check_period_s": 2,
         "health_check_timeout_s": 30,
-        "graceful_shutdown_timeout_s": LONGEST_JOB_SECONDS,
+        "graceful_shutdown_timeout_s": DRAIN_SECONDS,
         # The reason a model cannot be loaded does not go away by trying again.
         "max_constructor_retry_count": 1,
     }

@@ -110,8 +110,8 @@ def _ready_line(args: ServerArgs) -> str:
 
 def serve_config(args: ServerArgs) -> str:
     """The YAML with which `serve run` gives the same server."""
+    from deployments.clients import APPLICATION
     from deployments.cluster import PROXY_ENVIRONMENT
-    from deployments.state import APPLICATION
 
     set_args = args.model_dump(exclude_defaults=True, exclude={"host", "port"})
     config = {

@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
+from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from configs.model_family import ModelCard
 from deployments.adapters import LoadedAdapter
 from deployments.errors import APIError
 from pipelines.job import Event, Job, Media
+
+APPLICATION = "ditserve"
+"""Name of the Serve application."""
 
 PATIENCE_SECONDS = 5.0
 """How long a question to the engine may wait before it counts as not ready. OpenAI's client gives up connecting
@@ -58,6 +64,10 @@ class EngineClient:
         finally:
             events.cancel()
 
+    async def identify_lora(self, path: str) -> str:
+        with _plain_errors():
+            return await self._handle.identify_lora.remote(path)
+
     async def load_lora(self, path: str) -> LoadedAdapter:
         with _plain_errors():
             return await self._handle.load_lora.remote(path)
@@ -70,6 +80,23 @@ class EngineClient:
             raise APIError(
                 503, "The engine is not ready: it is still loading.", code="not_ready", headers={"Retry-After": "5"}
             ) from None
+
+
+def connect_engine() -> EngineClient:
+    """The engine of the running application, for who is not part of its graph.
+
+    Raises:
+        APIError: 503; there is none yet.
+    """
+    try:
+        return _engine_client()
+    except RayServeException:
+        raise APIError(503, "The engine is not deployed yet.", code="not_ready") from None
+
+
+@cache
+def _engine_client() -> EngineClient:
+    return EngineClient(serve.get_deployment_handle("Engine", APPLICATION))
 
 
 class StateClient:

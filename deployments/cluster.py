@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from configs.server_args import ServerArgs
+from deployments.errors import APIError
 
 PROXY_ENVIRONMENT = {
     # HAProxy in front of the replicas: 0.9 ms a request against 3.9 ms through Serve's Python proxy.
@@ -45,7 +46,8 @@ def served(args: ServerArgs) -> Iterator[None]:
         from ray import serve
 
         from deployments.app import build
-        from deployments.state import APPLICATION, forget_state_actor
+        from deployments.clients import APPLICATION
+        from deployments.state import ACTOR_NAME, NAMESPACE
 
         joined = bool(os.environ.get("RAY_ADDRESS"))
         local_cluster = {} if joined else {"num_cpus": _cpus_to_offer(args), "include_dashboard": False}
@@ -57,13 +59,16 @@ def served(args: ServerArgs) -> Iterator[None]:
             logging_config={"log_level": args.log_level.upper(), "enable_access_log": False},
             controller_options={"runtime_env": {"env_vars": environment}},
         )
+        if joined:
+            stack.callback(lambda: ray.kill(ray.get_actor(ACTOR_NAME, NAMESPACE)))
+            stack.callback(serve.delete, APPLICATION)
         try:
             serve.run(build(args), name=APPLICATION, route_prefix="/")
+            ray.get(ray.get_actor(ACTOR_NAME, NAMESPACE).adapters_open.remote())
         except RuntimeError as error:
             raise StartFailed(_reason(error)) from None
-        if joined:
-            stack.callback(forget_state_actor)
-            stack.callback(serve.delete, APPLICATION)
+        except APIError as error:
+            raise StartFailed(str(error)) from None
         yield
 
 

@@ -6,21 +6,23 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.util.placement_group import get_current_placement_group
 
 from configs.model_family import ModelCard
 from configs.server_args import ServerArgs
 from deployments.adapters import LoadedAdapter
+from deployments.clients import StateClient, connect_engine
 from deployments.errors import APIError
 from deployments.gang import Gang, GangBroken
+from deployments.propagation import Composition, Merged, follow
 from deployments.rank import JobFailed, Stopped
 from deployments.state import state_actor
-from pipelines.job import Event, Job, LoRASpec, Media, Result
+from pipelines.job import Event, Job, Media, Result
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +60,10 @@ class Engine:
     merged.
     """
 
-    async def __init__(self, args: ServerArgs):
+    async def __init__(self, args: ServerArgs):  # type: ignore[misc] # Serve awaits it
         logging.getLogger("deployments").setLevel(args.log_level.upper())
         self.gang = Gang(args, get_current_placement_group())
-        self.state = state_actor(args)
+        self.state = StateClient(state_actor(args, connect_engine))
         self.replica_id = serve.get_replica_context().replica_id.unique_id
         self.queue: deque[Ticket] = deque()
         self.running: Ticket | None = None
@@ -170,11 +172,11 @@ class Engine:
                 self._failed_rebuilds = 0
                 return
 
-    async def _merge(self, composition: tuple[LoRASpec, ...]) -> None:
+    async def _merge(self, composition: Composition) -> None:
         if composition == self.gang.composition:
             return
         identities = {spec.identity for spec in composition}
-        factors = {identity: await self.state.lora_factors.remote(identity) for identity in identities}
+        factors = {identity: await self.state.lora_factors(identity) for identity in identities}
         await self.gang.merge(composition, factors)
 
     async def _follow_default_adapter(self) -> None:
@@ -182,34 +184,39 @@ class Engine:
 
         A job would merge what it needs anyway; this makes `set_lora` fail early and the next job start at once.
         """
-        version: int | None = None
         while True:
             try:
-                version, composition = await self.state.watch_default.remote(self.replica_id, version)
-                async with self._gang_in_use:
-                    failure = await self._try_merge(composition)
-                await self.state.report_merged.remote(self.replica_id, version, self.gang.composition, failure)
-            except RayActorError:
-                version = None  # the state actor restarts; it then tells us where it stands
+                await follow(self.state, self.replica_id, self._merge_default)
+            except APIError as error:  # the state actor restarts; it then tells us where it stands
+                logger.info("the state actor does not answer: %s", error)
                 await asyncio.sleep(1)
 
-    async def _try_merge(self, composition: tuple[LoRASpec, ...]) -> str | None:
-        try:
-            await self._merge(composition)
-        except GangBroken as broken:
-            await self._rebuild()
-            return str(broken)
-        except (ValueError, APIError) as error:
-            return str(error)
-        return None
+    async def _merge_default(self, composition: Composition) -> Merged:
+        async with self._gang_in_use:
+            failure = None
+            try:
+                await self._merge(composition)
+            except GangBroken as broken:
+                failure = str(broken)
+                await self._rebuild()
+            except (ValueError, APIError) as error:
+                failure = str(error)
+            return Merged(self.gang.composition, failure, await self.gang.lora_bytes_held())
+
+    async def identify_lora(self, path: str) -> str:
+        """See `adapters.AdapterLoader`."""
+        with _refused_adapter():
+            return await self.gang.identify_lora(path)
 
     async def load_lora(self, path: str) -> LoadedAdapter:
-        """Read, convert and validate an adapter against the served model.
-
-        Raises:
-            APIError: 400; it is no adapter, or none for this model. The message says why.
-        """
-        try:
+        """See `adapters.AdapterLoader`."""
+        with _refused_adapter():
             return await self.gang.load_lora(path)
-        except ValueError as error:
-            raise APIError(400, str(error), param="lora_path", code="invalid_lora") from None
+
+
+@contextmanager
+def _refused_adapter() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise APIError(400, str(error), param="lora_path", code="invalid_lora") from None

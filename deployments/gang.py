@@ -14,6 +14,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs.model_family import ModelCard
 from configs.server_args import ServerArgs
+from deployments.adapters import LoadedAdapter
+from deployments.errors import APIError
 from deployments.rank import Rank
 from pipelines.job import Event, Job, LoRASpec, Media, Result
 
@@ -134,6 +136,28 @@ class Gang:
             raise GangBroken(f"ranks differ after a merge: {_first_line(failures[0])}")
         else:
             raise failures[0].cause if isinstance(failures[0], RayTaskError) else failures[0]
+
+    async def identify_lora(self, path: str) -> str:
+        """What lies at `path` on rank 0's node. Raises `ValueError` when it is no adapter."""
+        return await self._of_leader(self.ranks[0].identify_lora.remote(path))
+
+    async def load_lora(self, path: str) -> LoadedAdapter:
+        """Read an adapter on rank 0, beside the running job. Raises `ValueError` when it does not fit the model."""
+        return await self._of_leader(self.ranks[0].load_lora.remote(path))
+
+    async def lora_bytes_held(self) -> int:
+        """Host memory with which rank 0, and every other rank, keeps the original weights of what is merged."""
+        return await self._of_leader(self.ranks[0].lora_bytes_held.remote())
+
+    async def _of_leader(self, reference: Any) -> Any:
+        try:
+            return await reference
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayActorError as error:
+            raise APIError(
+                503, f"The engine is replacing its workers: {_first_line(error)}", code="not_ready"
+            ) from None
 
     async def ping(self) -> None:
         """Return once every rank has answered. Raises `GangBroken` when one is dead."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from deployments.errors import APIError, not_found
 from deployments.interfaces import Video, VideoError, VideoPage, VideoStatus
@@ -54,6 +54,12 @@ _MIGRATIONS = (
         owner TEXT                                   -- id of a video or an image; NULL: to be deleted
     );
     CREATE INDEX files_by_owner ON files (owner);
+    """,
+    """
+    CREATE TABLE notes (
+        name TEXT PRIMARY KEY,
+        value TEXT NOT NULL                          -- JSON
+    );
     """,
 )
 """The script at index i brings a file from schema version i to i + 1 (SQLite's `user_version`)."""
@@ -207,6 +213,15 @@ class JobStore:
         if row is None:
             raise not_found("image", image_id)
         return row["output_format"]
+
+    def note(self, name: str, value: Any) -> None:
+        """Keep a JSON value under a name."""
+        self._connection.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, json.dumps(value)))
+
+    def noted(self, name: str) -> Any:
+        """The value kept last under this name, or None."""
+        row = self._connection.execute("SELECT value FROM notes WHERE name = ?", (name,)).fetchone()
+        return row and json.loads(row["value"])
 
     def reserve(self, keys: Iterable[str]) -> None:
         """Record files that are about to be written: should the process die now, they are deleted at the next start."""

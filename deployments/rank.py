@@ -18,11 +18,13 @@ import ray
 
 from configs.model_family import ModelCard
 from configs.server_args import ServerArgs
+from deployments.adapters import LoadedAdapter
 from pipelines.job import Event, InvalidJob, Job, LoRASpec, Media, Progress
 
 if TYPE_CHECKING:
-    from lora.merge import Merger
     from pipelines.load import Model
+
+    from lora.merge import Merger
     from pipelines.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
@@ -72,8 +74,9 @@ class Rank:
             ValueError: the model cannot be loaded or cannot be sharded; the message is for the user.
         """
         import torch
-        from lora.merge import Merger
         from pipelines.load import load_model, resolve_device
+
+        from lora.merge import Merger
         from pipelines.parallel.mesh import Mesh
 
         # Ray sets OMP_NUM_THREADS from num_cpus, which is a scheduling fraction here: share the cores instead.
@@ -134,6 +137,32 @@ class Rank:
         self.merger.merge(
             [(Factors.from_bytes(factors[spec.identity]), spec.strength, spec.target) for spec in composition]
         )
+
+    @ray.method(concurrency_group="control")
+    def identify_lora(self, path: str) -> str:
+        """Identity of the adapter at `path`. Raises `ValueError` (`InvalidAdapter`) when there is none."""
+        from lora.load import resolve
+
+        return resolve(path).identity
+
+    @ray.method(concurrency_group="control")
+    def load_lora(self, path: str) -> LoadedAdapter:
+        """Read, convert and validate an adapter; the weights stay as they are, so a job may run meanwhile."""
+        from lora.load import load, resolve
+
+        source = resolve(path)
+        factors = load(source, self.model.pipeline_class, self.model.transformers)
+        return LoadedAdapter(
+            identity=source.identity,
+            blob=factors.to_bytes(),
+            rank=factors.rank,
+            num_bytes=factors.num_bytes,
+            transformers=factors.transformers,
+        )
+
+    @ray.method(concurrency_group="control")
+    def lora_bytes_held(self) -> int:
+        return self.merger.num_bytes_held
 
     @ray.method(concurrency_group="control")
     def ping(self) -> int:

@@ -5,36 +5,43 @@ It imports neither torch nor anything of the model. All it knows is on the disk,
 
 from __future__ import annotations
 
-import os
+import asyncio
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import ray
 from ray.actor import ActorHandle
 
 from configs.server_args import ServerArgs
+from deployments.adapters import AdapterLoader, AdapterRegistry
 from deployments.content import ContentStore, image_key, input_key
 from deployments.errors import APIError
-from deployments.interfaces import Content, Engine, Variant, Video, VideoPage, VideoStatus
+from deployments.interfaces import Content, Engine, LoRARequest, LoRAStatus, Variant, Video, VideoPage, VideoStatus
 from deployments.jobs import JobStore
+from deployments.propagation import Composition
 from deployments.storage import Storage
 from deployments.video_runner import VideoRunner
-from pipelines.job import Job, Media
+from pipelines.job import Job, LoRASpec, Media
 
 ACTOR_NAME = "ditserve-state"
 NAMESPACE = "ditserve"
 
 
+class ServedEngine(Engine, AdapterLoader, Protocol):
+    """What the state actor asks of the engine: jobs for the videos, and the reading of adapters."""
+
+
 class State:
-    """`interfaces.State` by delegation: records to `JobStore`, files to `ContentStore`, work to `VideoRunner`.
+    """`interfaces.State` by delegation: records to `JobStore`, files to `ContentStore`, work to `VideoRunner`,
+    adapters to `AdapterRegistry`.
 
     Undecorated, so that it also works inside a plain asyncio program; `state_actor` makes the actor of it.
     """
 
-    def __init__(self, args: ServerArgs, engine: Callable[[], Engine]):
+    def __init__(self, args: ServerArgs, engine: Callable[[], ServedEngine]):
         """Take up, in the running event loop, all work that an earlier life left unfinished.
 
-        `engine` is called for every attempt at a job, in this process. It may raise `APIError` 503 while there is none.
+        `engine` is called for every use of it, in this process. It may raise `APIError` 503 while there is none.
         """
         self._jobs = JobStore(args.state_path)
         self._content = ContentStore(self._jobs, Storage(args.output_path))
@@ -42,9 +49,12 @@ class State:
         self._content.sweep()
         for video in self._jobs.unfinished():
             self._runner.start(video.job)
+        self._adapters = AdapterRegistry(engine, cache_bytes=args.lora_cache_bytes, switch=args.lora_switch)
+        self._adapters_open = asyncio.create_task(self._open_adapters(args))
 
     async def close(self) -> None:
         """Stop working and let go of the files. The next `State` on the same paths goes on."""
+        self._adapters_open.cancel()
         await self._runner.stop_all()
         self._jobs.close()
 
@@ -90,14 +100,65 @@ class State:
     async def read(self, key: str, offset: int, length: int) -> bytes:
         return await self._content.read(key, offset, length)
 
+    async def _open_adapters(self, args: ServerArgs) -> None:
+        """Take up the adapters of an earlier life, then set the one the server was started with, if it is new."""
+        startup = [args.lora_nickname, args.lora_path, args.lora_scale]
+        if known := self._jobs.noted("adapters"):
+            await self._adapters.restore(known)
+        if args.lora_path is None or self._jobs.noted("startup adapter") == startup:
+            return
+        await self._adapters.unmerge_lora()
+        await self._adapters.set_lora([LoRARequest(args.lora_nickname, args.lora_path, args.lora_scale)])
+        self._note_adapters()
+        self._jobs.note("startup adapter", startup)
 
-def state_actor(args: ServerArgs, engine: Callable[[], Engine]) -> ActorHandle:
-    """The state actor of this Ray cluster: the one that lives, else a new one.
+    def _note_adapters(self) -> None:
+        self._jobs.note("adapters", self._adapters.snapshot())
 
-    It stays on the head node, where its files are. Relative paths count from the caller's working directory.
-    """
-    output_path = args.output_path if "://" in args.output_path else os.path.abspath(args.output_path)
-    args = args.model_copy(update={"state_path": os.path.abspath(args.state_path), "output_path": output_path})
+    async def adapters_open(self) -> None:
+        """Return once the adapter the server was started with is merged. Raises `APIError` when it cannot be."""
+        await asyncio.shield(self._adapters_open)
+
+    async def set_lora(self, requests: Sequence[LoRARequest]) -> LoRAStatus:
+        status = await self._adapters.set_lora(requests)
+        self._note_adapters()
+        return status
+
+    async def merge_lora(self, strength: float | None = None, target: tuple[str, ...] | None = None) -> LoRAStatus:
+        status = await self._adapters.merge_lora(strength, target)
+        self._note_adapters()
+        return status
+
+    async def unmerge_lora(self, target: tuple[str, ...] | None = None) -> LoRAStatus:
+        status = await self._adapters.unmerge_lora(target)
+        self._note_adapters()
+        return status
+
+    async def list_loras(self) -> LoRAStatus:
+        return await self._adapters.list_loras()
+
+    async def lora_for_job(self, requests: Sequence[LoRARequest] | None) -> tuple[LoRASpec, ...]:
+        await self.adapters_open()
+        specs = await self._adapters.lora_for_job(requests)
+        if requests is not None:
+            self._note_adapters()
+        return specs
+
+    async def lora_factors(self, identity: str) -> bytes:
+        return await self._adapters.factors(identity)
+
+    async def watch_default(self, replica_id: str, known_version: int | None) -> tuple[int, Composition]:
+        return await self._adapters.watch_default(replica_id, known_version)
+
+    async def report_merged(
+        self, replica_id: str, version: int, composition: Composition, error: str | None, num_bytes_held: int
+    ) -> None:
+        await self._adapters.report_merged(replica_id, version, composition, error, num_bytes_held)
+
+
+def state_actor(args: ServerArgs, engine: Callable[[], ServedEngine]) -> ActorHandle:
+    """The state actor of this Ray cluster: the one that lives, else a new one. It stays on the head node, where its
+    files are."""
     options = {
         "name": ACTOR_NAME,
         "namespace": NAMESPACE,

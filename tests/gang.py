@@ -39,7 +39,9 @@ class Gang:
         self.dims: ParallelDims | None = None
         # One process imports the libraries and is forked for each rank: 4 imports at once take 15 s on 2 cores.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "diffusers.hooks", "diffusers.models", "tests.tiny_models"])
+        context.set_forkserver_preload(
+            ["torch.distributed", "diffusers.hooks", "diffusers.models", "tests.tiny_models"]
+        )
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(SIZE):
