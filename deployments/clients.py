@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,7 +49,7 @@ class EngineClient:
     async def ready(self) -> None:
         await self._soon(self._handle.ready.remote())
 
-    async def generate(self, job: Job, media: Media, *, progress: bool) -> AsyncIterator[Event]:
+    async def generate(self, job: Job, media: Media, *, progress: bool) -> AsyncGenerator[Event, None]:
         events = self._streaming.generate.remote(job, dict(media), progress)
         try:
             with _plain_errors():

@@ -5,8 +5,8 @@ It imports neither torch nor anything of the model. All it knows is on the disk,
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Literal
 
 import ray
@@ -21,6 +21,9 @@ from deployments.storage import Storage
 from deployments.video_runner import VideoRunner
 from pipelines.job import Job, Media
 
+APPLICATION = "ditserve"
+"""The Serve application, whose Engine computes the videos."""
+
 ACTOR_NAME = "ditserve-state"
 NAMESPACE = "ditserve"
 
@@ -34,7 +37,7 @@ class State:
     def __init__(self, args: ServerArgs, engine: Callable[[], Engine]):
         """Take up, in the running event loop, all work that an earlier life left unfinished.
 
-        `engine` is called for every attempt at a job, in this process. It may raise `APIError` 503 while there is none.
+        `engine` is called in this process when a job first needs it, until it no longer raises `APIError` 503.
         """
         self._jobs = JobStore(args.state_path)
         self._content = ContentStore(self._jobs, Storage(args.output_path))
@@ -94,10 +97,8 @@ class State:
 def state_actor(args: ServerArgs, engine: Callable[[], Engine]) -> ActorHandle:
     """The state actor of this Ray cluster: the one that lives, else a new one.
 
-    It stays on the head node, where its files are. Relative paths count from the caller's working directory.
+    It stays on the head node, where its files are. Paths in `args` are absolute. `engine` is pickled.
     """
-    output_path = args.output_path if "://" in args.output_path else os.path.abspath(args.output_path)
-    args = args.model_copy(update={"state_path": os.path.abspath(args.state_path), "output_path": output_path})
     options = {
         "name": ACTOR_NAME,
         "namespace": NAMESPACE,
@@ -112,3 +113,9 @@ def state_actor(args: ServerArgs, engine: Callable[[], Engine]) -> ActorHandle:
         "max_concurrency": 1000,
     }
     return ray.remote(**options)(State).remote(args, engine)
+
+
+def forget_state_actor() -> None:
+    """End the state actor, if there is one. What it knows is on the disk; the next one goes on with it."""
+    with suppress(ValueError):
+        ray.kill(ray.get_actor(ACTOR_NAME, namespace=NAMESPACE))
