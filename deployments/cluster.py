@@ -47,7 +47,7 @@ def served(args: ServerArgs) -> Iterator[None]:
 
         from deployments.app import build
         from deployments.clients import APPLICATION
-        from deployments.state import ACTOR_NAME, NAMESPACE
+        from deployments.state import ACTOR_NAME, NAMESPACE, forget_state_actor
 
         joined = bool(os.environ.get("RAY_ADDRESS"))
         local_cluster = {} if joined else {"num_cpus": _cpus_to_offer(args), "include_dashboard": False}
@@ -60,7 +60,7 @@ def served(args: ServerArgs) -> Iterator[None]:
             controller_options={"runtime_env": {"env_vars": environment}},
         )
         if joined:
-            stack.callback(lambda: ray.kill(ray.get_actor(ACTOR_NAME, NAMESPACE)))
+            stack.callback(forget_state_actor)
             stack.callback(serve.delete, APPLICATION)
         try:
             serve.run(build(args), name=APPLICATION, route_prefix="/")

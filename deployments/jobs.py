@@ -68,7 +68,7 @@ _LOCK_TIMEOUT_S = 30.0
 """How long to wait for the lock of a predecessor that was killed but is not yet gone."""
 
 
-class IllegalTransitionError(RuntimeError):
+class IllegalTransition(RuntimeError):
     """A bug in the caller: the table has no such way."""
 
 
@@ -160,12 +160,12 @@ class JobStore:
         """Change a job's status; into `in_progress` counts one attempt.
 
         With `files`, the job owns these from now on and no others. Returns the keys it owned no more: to be deleted.
-        Raises `IllegalTransitionError`, and `APIError` 404 for an unknown id.
+        Raises `IllegalTransition`, and `APIError` 404 for an unknown id.
         """
         with self._transaction():
             status = VideoStatus(self._row(video_id)["status"])
             if to not in TRANSITIONS[status]:
-                raise IllegalTransitionError(f"video {video_id}: {status} -> {to}")
+                raise IllegalTransition(f"video {video_id}: {status} -> {to}")
             completed = to is VideoStatus.COMPLETED
             self._connection.execute(
                 "UPDATE videos SET status = ?, attempts = attempts + ?, progress = max(progress, ?), completed_at = ?,"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Literal, Protocol
 
 import ray
@@ -41,7 +42,7 @@ class State:
     def __init__(self, args: ServerArgs, engine: Callable[[], ServedEngine]):
         """Take up, in the running event loop, all work that an earlier life left unfinished.
 
-        `engine` is called for every use of it, in this process. It may raise `APIError` 503 while there is none.
+        `engine` is called in this process when a job first needs it, until it no longer raises `APIError` 503.
         """
         self._jobs = JobStore(args.state_path)
         self._content = ContentStore(self._jobs, Storage(args.output_path))
@@ -173,3 +174,9 @@ def state_actor(args: ServerArgs, engine: Callable[[], ServedEngine]) -> ActorHa
         "max_concurrency": 1000,
     }
     return ray.remote(**options)(State).remote(args, engine)
+
+
+def forget_state_actor() -> None:
+    """End the state actor, if there is one. What it knows is on the disk; the next one goes on with it."""
+    with suppress(ValueError):
+        ray.kill(ray.get_actor(ACTOR_NAME, namespace=NAMESPACE))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from contextlib import aclosing
+from functools import cached_property
 
 from ray.exceptions import RayActorError, RayTaskError
 
@@ -33,11 +33,15 @@ class VideoRunner:
     """
 
     def __init__(self, jobs: JobStore, content: ContentStore, engine: Callable[[], Engine]):
-        """`engine` is called for every attempt. It may raise `APIError` 503 while there is none."""
+        """`engine` is called when a job first needs it, until it no longer raises `APIError` 503."""
         self._jobs = jobs
         self._content = content
-        self._engine = engine
+        self._make_engine = engine
         self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    @cached_property
+    def _engine(self) -> Engine:
+        return self._make_engine()
 
     def start(self, job: Job) -> None:
         """Run the job, unless it runs already."""
@@ -81,7 +85,7 @@ class VideoRunner:
     async def _attempt(self, job: Job, media: Media) -> Result:
         """An attempt counts from its first event, so that jobs which merely wait pay for no other's crash."""
         begun, result = False, None
-        async with aclosing(self._engine().generate(job, media, progress=True)) as events:
+        async with aclosing(self._engine.generate(job, media, progress=True)) as events:
             async for event in events:
                 if not begun:
                     self._jobs.transition(job.id, VideoStatus.IN_PROGRESS)
@@ -95,13 +99,9 @@ class VideoRunner:
         return result
 
     async def _complete(self, job: Job, result: Result) -> None:
-        # Whatever no stage accounts for: waiting, and attempts that were lost.
-        queue = time.time() - self._jobs.get(job.id).created_at - sum(result.seconds.values())
         files = video_files(job.id, result.outputs)
         await self._content.write(files)
-        unneeded = self._jobs.transition(
-            job.id, VideoStatus.COMPLETED, files=files, timings={"queue": max(0.0, queue), **result.seconds}
-        )
+        unneeded = self._jobs.transition(job.id, VideoStatus.COMPLETED, files=files, timings=result.seconds)
         await self._content.discard(unneeded)
 
 

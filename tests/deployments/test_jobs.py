@@ -17,7 +17,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from deployments import jobs
 from deployments.errors import APIError
 from deployments.interfaces import VideoError, VideoStatus
-from deployments.jobs import TRANSITIONS, IllegalTransitionError, JobStore
+from deployments.jobs import TRANSITIONS, IllegalTransition, JobStore
 from pipelines.job import Job, LoRASpec, Task
 
 QUEUED, IN_PROGRESS, COMPLETED, FAILED = VideoStatus
@@ -79,7 +79,7 @@ class TestStatus:
             store.transition(video_id, to)
             assert store.get(video_id).status is to
         else:
-            with pytest.raises(IllegalTransitionError, match=f"{status} -> {to}"):
+            with pytest.raises(IllegalTransition, match=f"{status} -> {to}"):
                 store.transition(video_id, to)
             assert store.get(video_id) == before
 
@@ -231,7 +231,7 @@ class TestFiles:
 
     def test_keep_their_owner_where_the_change_is_illegal(self, store: JobStore):
         store.create(a_job("video_1"), "wan", None, ["input"])
-        with pytest.raises(IllegalTransitionError):
+        with pytest.raises(IllegalTransition):
             store.transition("video_1", COMPLETED, files=[])
         assert store.owns("video_1", "input")
 
@@ -326,7 +326,7 @@ class JobHistory(RuleBasedStateMachine):
             self.store.transition(video_id, to)
         except APIError:
             assert status is None
-        except IllegalTransitionError:
+        except IllegalTransition:
             assert to not in TRANSITIONS[status]
         else:
             progress = 100 if to is COMPLETED else progress
