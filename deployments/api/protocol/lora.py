@@ -51,7 +51,8 @@ class SetLoRA(WireRequest):
             APIError: 400 for a list that does not have one entry per nickname.
         """
         count = len(self.lora_nickname)
-        paths = self._per_adapter("lora_path", self.lora_path or [None] * count)
+        unnamed: list[str | None] = [None] * count
+        paths = self._per_adapter("lora_path", self.lora_path or unnamed)
         strengths = self._per_adapter("strength", self.strength * count if len(self.strength) == 1 else self.strength)
         if count == 1:
             targets = [tuple(self.target)]
