@@ -1,0 +1,102 @@
+"""What can be said of a model that no family lists, from the signatures of its pipeline's class.
+
+Importing diffusers' table of related pipelines imports them all, so this module is for such models only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.auto_pipeline import (
+    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+    AUTO_INPAINT_PIPELINES_MAPPING,
+    _get_task_class,
+)
+
+from configs.model_family import Match, ModelFamily, SamplingDefaults
+from pipelines.job import Task
+
+REQUEST_PARAMETERS = ("negative_prompt", "guidance_scale", "guidance_scale_2", "true_cfg_scale", "strength")
+"""Parameters of a request that pipelines know by the same name."""
+
+
+def derive_family(pipeline: DiffusionPipeline) -> ModelFamily:
+    """The tasks, parameters, limits and defaults that the pipeline's class declares. It serves on one rank."""
+    name = type(pipeline).__name__
+    tasks = tasks_of(type(pipeline))
+    accepted: dict[str, Any] = {}
+    for pipeline_class in reversed(tasks.values()):
+        accepted |= call_defaults(pipeline_class)
+    parameters = {parameter for parameter in REQUEST_PARAMETERS if parameter in accepted}
+    if "num_frames" in accepted:
+        parameters |= {"num_frames", "fps"}
+    edge = native_edge(pipeline)
+    return ModelFamily(
+        name=name,
+        match=Match(pipelines=(name,)),
+        tasks={task.value: pipeline_class.__name__ for task, pipeline_class in tasks.items()},
+        parameters=frozenset(parameters),
+        defaults=SamplingDefaults(
+            width=accepted.get("width") or edge,
+            height=accepted.get("height") or edge,
+            num_inference_steps=accepted["num_inference_steps"],
+            num_frames=accepted.get("num_frames") or 1,
+            fps=round(accepted.get("frame_rate") or 16) if "num_frames" in accepted else 1,
+            guidance_scale=accepted.get("guidance_scale"),
+            true_cfg_scale=accepted.get("true_cfg_scale"),
+            strength=accepted.get("strength"),
+        ),
+        # Latents are cut in patches of two at most.
+        size_multiple=2 * scale_factor(pipeline, "vae_scale_factor_spatial", "vae_scale_factor", default=8),
+        frame_multiple=scale_factor(pipeline, "vae_scale_factor_temporal", "vae_temporal_compression_ratio", default=1),
+        sharded=False,
+    )
+
+
+def tasks_of(pipeline_class: type[DiffusionPipeline]) -> dict[Task, type[DiffusionPipeline]]:
+    """The tasks of a pipeline class, and those of its relatives that take the same modules."""
+    accepted = call_defaults(pipeline_class)
+    if "num_frames" in accepted:
+        tasks = {Task.IMAGE_TO_VIDEO: pipeline_class} if "image" in accepted else {}
+        return tasks if accepted.get("image", ...) is None else tasks | {Task.TEXT_TO_VIDEO: pipeline_class}
+    if "mask_image" in accepted:
+        return {Task.INPAINT: pipeline_class}
+    if "strength" in accepted:
+        return {Task.IMAGE_EDIT: pipeline_class}
+    tasks = {Task.TEXT_TO_IMAGE: pipeline_class}
+    related = {
+        Task.IMAGE_EDIT: AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+        Task.INPAINT: AUTO_INPAINT_PIPELINES_MAPPING,
+    }
+    for task, mapping in related.items():
+        relative = _get_task_class(mapping, pipeline_class.__name__, throw_error_if_not_exist=False)
+        if relative is not None:
+            tasks[task] = relative
+    if "image" in accepted:
+        tasks[Task.IMAGE_EDIT] = pipeline_class
+    return tasks
+
+
+def call_defaults(pipeline_class: type[DiffusionPipeline]) -> Mapping[str, Any]:
+    """Arguments of a pipeline's call with their default values; `Parameter.empty` for those it demands."""
+    parameters = inspect.signature(pipeline_class.__call__).parameters
+    return {name: parameter.default for name, parameter in parameters.items()}
+
+
+def native_edge(pipeline: DiffusionPipeline) -> int:
+    """Width and height a picture model was trained at, as pipelines reckon them themselves; 512 if nothing says."""
+    sample_size = getattr(pipeline, "default_sample_size", None)
+    for name in ("unet", "transformer"):
+        config = getattr(getattr(pipeline, name, None), "config", {})
+        sample_size = sample_size or config.get("sample_size")
+    if not isinstance(sample_size, int):
+        return 512
+    return sample_size * scale_factor(pipeline, "vae_scale_factor_spatial", "vae_scale_factor", default=8)
+
+
+def scale_factor(pipeline: DiffusionPipeline, *names: str, default: int) -> int:
+    """The first of these attributes that the pipeline has."""
+    return next((getattr(pipeline, name) for name in names if hasattr(pipeline, name)), default)

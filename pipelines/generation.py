@@ -1,0 +1,173 @@
+"""A job as an iterator: each `next()` advances an untouched diffusers pipeline by one denoising step."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from pipelines.arguments import call_arguments
+from pipelines.job import Event, InvalidJob, Job, Media, Preview, Progress, Result
+from pipelines.load import Model
+from pipelines.media import decode_image, decode_mask, encode_image
+from pipelines.outputs import asked_frames, encode_output, to_frame
+from pipelines.previews import DenoisedEstimate, can_decode_latents, decode_latents, preview_steps
+from pipelines.stepping import Pace, StepBar, iterate
+from pipelines.stopwatch import Stopwatch
+
+MAX_INPUT_PIXELS = 2**26
+"""Largest input picture: 8192x8192, which decodes to 256 MiB."""
+
+
+def generate(model: Model, job: Job, media: Media) -> Iterator[Event]:
+    """Compute `job`: a `Progress` after every denoising step, `Preview`s on the way, a `Result` at the end.
+
+    Nothing happens between two `next()`: several generations may be advanced in turn, in any order, from the thread
+    that started them, and each gives the pixels that it gives alone. `close()` ends one in the step it is suspended
+    in and leaves the model as it was.
+
+    In a gang every rank advances the same generation in lock step, and all give the same `Progress`. Rank 0 alone
+    decodes: it gives the previews, each before the `Progress` of its step, and the outputs; the `Result` of the
+    others has none.
+
+    Raises:
+        InvalidJob: an input is no picture, or the pipeline itself refuses an argument.
+    """
+    return iterate(lambda emit: Generation(model, job, emit).run(*decoded_inputs(job, media)))
+
+
+def decoded_inputs(job: Job, media: Media) -> tuple[list[Image.Image], Image.Image | None]:
+    """The job's images, and its mask in the sense of diffusers: white is edited."""
+    images = [decode_image(media[key], max_pixels=MAX_INPUT_PIXELS) for key in job.images]
+    if job.mask is None:
+        return images, None
+    return images, decode_mask(media[job.mask], size=images[0].size, max_pixels=MAX_INPUT_PIXELS)
+
+
+class Generation:
+    """One job on its way through the pipeline, on the stack that `iterate` suspends."""
+
+    def __init__(self, model: Model, job: Job, emit: Callable[[Event], object]):
+        self.model = model
+        self.job = job
+        self.stopwatch = Stopwatch("encode", "denoise", "decode", "media")
+        self._emit = emit
+        self._leads = model.mesh is None or model.mesh.rank == 0
+        self._pace = Pace(model.device)
+        self._outputs_done = 0
+        self._encodings: list[Any] = []
+        self._arguments: dict[str, Any] = {}
+        self._estimate: DenoisedEstimate | None = None
+
+    def run(self, images: list[Image.Image], mask: Image.Image | None) -> None:
+        """One pipeline call per seed; all but the noise is the same, so that prompts are encoded once."""
+        job = self.job
+        pipeline = self.model.pipeline_for(job.task)
+        if job.flow_shift is not None:
+            pipeline.scheduler = with_flow_shift(pipeline.scheduler, job.flow_shift)
+        self._arguments = call_arguments(type(pipeline), self.model.card.family, job, images, mask)
+        if job.partial_images and self._leads and can_decode_latents(pipeline):
+            self._estimate = DenoisedEstimate(pipeline.scheduler)
+        refuse_as_invalid_job(pipeline)
+        pipeline.progress_bar = self._progress_bar
+        encode_prompt = pipeline.encode_prompt
+
+        outputs = []
+        try:
+            for seed in job.seeds:
+                self.stopwatch.enter("encode")
+                pipeline.encode_prompt = recorded(encode_prompt, self._encodings)
+                pixels = pipeline(
+                    **self._arguments,
+                    # On the CPU, a seed gives the same noise whatever the device.
+                    generator=torch.Generator("cpu").manual_seed(seed),
+                    output_type="pt" if self._leads else "latent",
+                    return_dict=False,
+                )[0]
+                self._pace.finish()
+                self.stopwatch.enter("media")
+                if self._leads:
+                    outputs.append(encode_output(pixels, job))
+                self._outputs_done += 1
+        finally:
+            self.model.rest_transformers()
+            dismantle(pipeline)
+        self.stopwatch.stop()
+        self._emit(Result(tuple(outputs), self.stopwatch.seconds))
+
+    def _progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> StepBar:
+        """Stands in for the pipeline's own."""
+        self.stopwatch.enter("denoise")
+        return StepBar(range(total) if total is not None else list(iterable or ()), self._step_done)
+
+    def _step_done(self, step: int, steps: int) -> None:
+        self._pace.step()
+        if self._estimate is not None and self._outputs_done == 0:
+            self._give_preview(self._estimate, step, preview_steps(steps, self.job.partial_images))
+        self._give(Progress(self._outputs_done * steps + step, len(self.job.seeds) * steps))
+        if step == steps:
+            self.model.rest_transformers()
+            self.stopwatch.enter("decode")
+
+    def _give_preview(self, estimate: DenoisedEstimate, step: int, due: list[int]) -> None:
+        if step not in due:
+            return
+        pipeline = self.model.pipeline_for(self.job.task)
+        pipeline.encode_prompt = recorded(pipeline.encode_prompt, self._encodings)
+        pixels = decode_latents(pipeline, estimate.latents(), self._arguments)
+        dismantle(pipeline)
+        frame = to_frame(asked_frames(pixels, self.job)[0])
+        self._give(Preview(due.index(step), encode_image(frame, self.job.output_format, self.job.output_compression)))
+
+    def _give(self, event: Event) -> None:
+        with self.stopwatch.paused():
+            self._emit(event)
+
+
+def with_flow_shift(scheduler: Any, flow_shift: float) -> Any:
+    """The same scheduler with its sigmas shifted by `flow_shift`, whatever the number of tokens."""
+    name = "flow_shift" if "flow_shift" in scheduler.config else "shift"
+    return type(scheduler).from_config(scheduler.config, **{name: flow_shift, "use_dynamic_shifting": False})
+
+
+def recorded(encode_prompt: Callable[..., Any], recording: list[Any]) -> Callable[..., Any]:
+    """`encode_prompt` with a memory: the n-th call gives the n-th entry of `recording`, computed if not there yet.
+
+    By order and not by argument, since each call of a pipeline for one job makes the same calls of `encode_prompt`,
+    and in a gang a call is a collective, which all ranks must make or none.
+    """
+    numbers = itertools.count()
+
+    def recorded_encode_prompt(*args: Any, **kwargs: Any) -> Any:
+        number = next(numbers)
+        if number == len(recording):
+            recording.append(encode_prompt(*args, **kwargs))
+        return recording[number]
+
+    return recorded_encode_prompt
+
+
+def refuse_as_invalid_job(pipeline: DiffusionPipeline) -> None:
+    """Make what the pipeline's check of its arguments refuses the client's error. Every ValueError after it is ours."""
+    check_inputs = pipeline.check_inputs
+
+    def checked(*args: Any, **kwargs: Any) -> None:
+        try:
+            check_inputs(*args, **kwargs)
+        except ValueError as error:
+            raise InvalidJob(str(error)) from error
+
+    pipeline.check_inputs = checked
+
+
+def dismantle(pipeline: DiffusionPipeline) -> None:
+    """Free a view's latents and embeddings now.
+
+    The overrides on a view refer back to it, and the interpreter collects such cycles too rarely to hold GPU memory.
+    """
+    vars(pipeline.scheduler).clear()
+    vars(pipeline).clear()

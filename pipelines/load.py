@@ -1,0 +1,226 @@
+"""From a model path to a model on this rank."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
+
+from configs.model_family import ModelCard, family_of
+from configs.server_args import ServerArgs
+from pipelines.job import InvalidJob, Task
+from pipelines.offload import place
+from pipelines.precision import dtype_name, resolve_device, resolve_dtype
+
+if TYPE_CHECKING:
+    from pipelines.parallel.mesh import Mesh
+
+TRANSFORMERS = ("transformer", "transformer_2", "unet")
+"""What denoises, by the names that pipelines give it."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What one rank holds. Jobs share its modules, and nothing else."""
+
+    card: ModelCard
+    pipeline: DiffusionPipeline
+    """As loaded. Jobs compute with views of it."""
+    pipeline_classes: Mapping[Task, type[DiffusionPipeline]]
+    transformers: Mapping[str, nn.Module]
+    """What denoises, and what adapters are merged into, by name: `transformer`, and `transformer_2` of two experts."""
+    mesh: Mesh | None
+    device: torch.device
+    dtype: torch.dtype
+    rest_transformers: Callable[[], None]
+    """To be called after a job's last denoising step: makes room for the decoder if the transformers are offloaded."""
+
+    def pipeline_for(self, task: Task) -> DiffusionPipeline:
+        """A view for one job, made in milliseconds: the task's pipeline class over the shared modules, with a
+        scheduler of its own, so that jobs can take turns.
+
+        Raises:
+            InvalidJob: the model cannot do this task.
+        """
+        if task not in self.pipeline_classes:
+            raise InvalidJob(f"This model cannot do {task}; it can do {', '.join(self.pipeline_classes)}")
+        view = view_of(self.pipeline, self.pipeline_classes[task])
+        if self.mesh is not None:
+            from pipelines.parallel.encode import share_encodings
+
+            share_encodings(view, self.mesh)
+        return view
+
+
+def load_model(args: ServerArgs, mesh: Mesh | None = None) -> Model:
+    """Load the model that `args` names onto this rank's device, in its precision, sharded over `mesh`.
+
+    Ranks other than 0 load no text encoders: they are sent what rank 0 encodes.
+
+    Raises:
+        ValueError: the path, the model's files or the combination of options will not do. The message is one line.
+    """
+    device = resolve_device(args.device) if mesh is None else mesh.device
+    dtype = resolve_dtype(args.dtype, device)
+    directory = model_directory(args.model_path)
+    model_index = read_model_index(directory)
+    family = family_of(model_index)
+    if mesh is not None and (family is None or not family.sharded):
+        raise ValueError(
+            f"{model_index['_class_name']} cannot be sharded over {mesh.size} ranks: serve it on one (--num-gpus 1)"
+        )
+    leads = mesh is None or mesh.rank == 0
+    pipeline = load_pipeline(directory, dtype, without=() if leads else prompt_components(model_index))
+    if family is None:
+        from pipelines.derived_family import derive_family
+
+        family = derive_family(pipeline)
+    modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
+    transformers = {name: modules[name] for name in TRANSFORMERS if name in modules}
+    shard(transformers, args, mesh)
+    return Model(
+        card=ModelCard(
+            id=args.served_model_name or args.model_path or "ditserve",
+            pipeline_class=type(pipeline).__name__,
+            family=family,
+            dtype=dtype_name(dtype),
+            device=device.type,
+            num_gpus=args.num_gpus,
+            created=int(time.time()),
+        ),
+        pipeline=pipeline,
+        pipeline_classes={Task(task): getattr(diffusers, name) for task, name in family.tasks.items()},
+        transformers=transformers,
+        mesh=mesh,
+        device=device,
+        dtype=dtype,
+        rest_transformers=place(modules, transformers, args, device),
+    )
+
+
+def model_directory(model_path: str | None) -> Path:
+    """The local folder of a model: itself, the download of a Hugging Face repo id, or the bundled one for None.
+
+    Raises:
+        ValueError: neither such a folder nor such a repository can be had.
+    """
+    if model_path is None:
+        from pipelines import bundled
+
+        return bundled.model_directory()
+    directory = Path(model_path).expanduser()
+    if directory.is_dir():
+        return directory
+    if directory.exists() or model_path.count("/") != 1 or model_path.startswith((".", "/", "~")):
+        raise ValueError(f"There is no folder '{model_path}'")
+    try:
+        # Of the repository, only what the pipeline needs in the diffusers layout; never a pickle.
+        return Path(DiffusionPipeline.download(model_path, use_safetensors=True))
+    except Exception as error:
+        raise ValueError(
+            f"'{model_path}' is neither a folder here nor a repository that could be downloaded: {first_line(error)}"
+        ) from error
+
+
+def read_model_index(directory: Path) -> Mapping[str, Any]:
+    """`model_index.json`: the pipeline's class, and the library and class of each component.
+
+    Raises:
+        ValueError: there is none, or it is none.
+    """
+    path = directory / "model_index.json"
+    if not path.is_file():
+        raise ValueError(f"'{directory}' is not a diffusers model: it has no model_index.json")
+    try:
+        model_index = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not JSON: {error}") from error
+    if not isinstance(model_index, dict) or "_class_name" not in model_index:
+        raise ValueError(f"'{path}' names no pipeline class")
+    return model_index
+
+
+def prompt_components(model_index: Mapping[str, Any]) -> tuple[str, ...]:
+    """Text and image encoders with their tokenizers and processors: all that comes from transformers."""
+    return tuple(name for name, value in model_index.items() if isinstance(value, list) and value[0] == "transformers")
+
+
+def load_pipeline(directory: Path, dtype: torch.dtype, without: tuple[str, ...] = ()) -> DiffusionPipeline:
+    """Load onto the CPU every component but those named in `without`.
+
+    Raises:
+        ValueError: the files do not fit together, with the first line of the library's reason.
+    """
+    # Their bars would fill a server's log.
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return DiffusionPipeline.from_pretrained(directory, dtype=dtype, use_safetensors=True, **dict.fromkeys(without))
+    # The libraries report broken files as OSError, ValueError, RuntimeError, KeyError, SafetensorError and more.
+    except Exception as error:
+        raise ValueError(f"The model in '{directory}' cannot be loaded: {first_line(error)}") from error
+
+
+def shard(transformers: Mapping[str, nn.Module], args: ServerArgs, mesh: Mesh | None) -> None:
+    """Choose the attention kernel, spread the transformers over the mesh, and compile them: in this order.
+
+    Raises:
+        ValueError: an option that this model, mesh or machine does not have.
+    """
+    for transformer in transformers.values():
+        if args.attention_backend is not None:
+            set_attention_backend(transformer, args.attention_backend, mesh)
+        if mesh is not None:
+            from pipelines.parallel.cfg import share_guidance
+            from pipelines.parallel.sequence import shard_sequence
+
+            shard_sequence(transformer, mesh)
+            share_guidance(transformer, mesh)
+        if args.enable_torch_compile:
+            # Hooks on a block, of a sharded or streamed transformer, break the graph.
+            compile_blocks(transformer, fullgraph=mesh is None and not args.dit_layerwise_offload)
+
+
+def set_attention_backend(transformer: ModelMixin, name: str, mesh: Mesh | None) -> None:
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    if mesh is not None and mesh.dims.ring_degree > 1:
+        raise ValueError(f"attention_backend {name}: ring attention has a kernel of its own; leave it out")
+    names = [backend.value for backend in AttentionBackendName]
+    if name not in names:
+        raise ValueError(f"There is no attention_backend '{name}'; there are {', '.join(names)}")
+    try:
+        transformer.set_attention_backend(name)
+    # Kernels that are not installed, or not for this machine, raise ImportError, RuntimeError or ValueError.
+    except Exception as error:
+        raise ValueError(f"attention_backend {name} cannot be used here: {first_line(error)}") from error
+
+
+def compile_blocks(transformer: ModelMixin, *, fullgraph: bool) -> None:
+    """Compile the blocks a model repeats, which share one graph; the whole model if it names none."""
+    if getattr(transformer, "_repeated_blocks", None):
+        transformer.compile_repeated_blocks(fullgraph=fullgraph)
+    else:
+        transformer.compile()
+
+
+def view_of(pipeline: DiffusionPipeline, view_class: type[DiffusionPipeline]) -> DiffusionPipeline:
+    """Another pipeline over the same modules, of any class that has a use for them, with a fresh scheduler."""
+    module_names, option_names = view_class._get_signature_keys(view_class)
+    arguments = {name: getattr(pipeline, name, None) for name in module_names}
+    arguments |= {name: pipeline.config[name] for name in option_names if name in pipeline.config}
+    arguments["scheduler"] = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    return view_class(**arguments)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

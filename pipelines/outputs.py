@@ -1,0 +1,42 @@
+"""From decoded pixels to encoded bytes, one frame at a time."""
+
+from __future__ import annotations
+
+import torch
+
+from pipelines.job import Job, Output
+from pipelines.media import (
+    Frame,
+    encode_image,
+    encode_spritesheet,
+    encode_thumbnail,
+    encode_video,
+    spritesheet_indices,
+)
+
+
+def asked_frames(pixels: torch.Tensor, job: Job) -> torch.Tensor:
+    """Cut what a pipeline computed, `(1, 3, H, W)` or `(1, F, 3, H, W)`, to the frames and size the job asks for.
+
+    Returns:
+        `(F, 3, H, W)`, a view.
+    """
+    clip = pixels[0] if pixels.dim() == 5 else pixels
+    return clip[: job.num_frames, :, : job.height, : job.width]
+
+
+def to_frame(pixels: torch.Tensor) -> Frame:
+    """`(3, H, W)` in [0, 1] to bytes, as diffusers rounds them."""
+    return (pixels.float() * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
+
+
+def encode_output(pixels: torch.Tensor, job: Job) -> Output:
+    """A picture in the job's format, or a clip with its thumbnail and spritesheet."""
+    clip = asked_frames(pixels, job)
+    if not job.task.is_video:
+        return Output(encode_image(to_frame(clip[0]), job.output_format, job.output_compression))
+    return Output(
+        data=encode_video((to_frame(frame) for frame in clip), job.fps),
+        thumbnail=encode_thumbnail(to_frame(clip[0])),
+        spritesheet=encode_spritesheet([to_frame(clip[index]) for index in spritesheet_indices(len(clip))]),
+    )

@@ -1,0 +1,38 @@
+"""Where a rank computes, and in which precision."""
+
+from __future__ import annotations
+
+import torch
+
+from configs.server_args import Device, Dtype
+
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+NATIVE_BF16 = ("amx_bf16", "avx512_bf16")
+"""CPU features that multiply bf16 in hardware. Without one it is emulated, slower than fp32."""
+
+
+def resolve_device(device: Device) -> torch.device:
+    """`auto` takes CUDA where there is one. Each rank sees one GPU, so it is always the first.
+
+    Raises:
+        ValueError: CUDA is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ValueError("device cuda: no CUDA device is available here")
+    return torch.device("cuda:0") if available and device != "cpu" else torch.device("cpu")
+
+
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 on CUDA and on CPUs that multiply it natively, fp32 on others."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities()
+    return torch.bfloat16 if any(capabilities.get(name) for name in NATIVE_BF16) else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, value in DTYPES.items() if value == dtype)
