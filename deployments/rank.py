@@ -22,9 +22,8 @@ from deployments.adapters import LoadedAdapter
 from pipelines.job import Event, InvalidJob, Job, LoRASpec, Media, Progress
 
 if TYPE_CHECKING:
-    from pipelines.load import Model
-
     from lora.merge import Merger
+    from pipelines.load import Model
     from pipelines.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
@@ -74,9 +73,9 @@ class Rank:
             ValueError: the model cannot be loaded or cannot be sharded; the message is for the user.
         """
         import torch
-        from pipelines.load import load_model, resolve_device
 
         from lora.merge import Merger
+        from pipelines.load import load_model, resolve_device
         from pipelines.parallel.mesh import Mesh
 
         # Ray sets OMP_NUM_THREADS from num_cpus, which is a scheduling fraction here: share the cores instead.
@@ -151,7 +150,7 @@ class Rank:
         from lora.load import load, resolve
 
         source = resolve(path)
-        factors = load(source, self.model.pipeline_class, self.model.transformers)
+        factors = load(source, type(self.model.pipeline), self.model.transformers)
         return LoadedAdapter(
             identity=source.identity,
             blob=factors.to_bytes(),
