@@ -66,7 +66,8 @@ def served(args: ServerArgs) -> Iterator[None]:
             serve.run(build(args), name=APPLICATION, route_prefix="/")
             ray.get(ray.get_actor(ACTOR_NAME, NAMESPACE).adapters_open.remote())
         except RuntimeError as error:
-            raise StartFailed(_reason(error)) from None
+            deployments = serve.status().applications[APPLICATION].deployments.values()
+            raise StartFailed(_reason([str(error), *(deployment.message for deployment in deployments)])) from None
         except APIError as error:
             raise StartFailed(str(error)) from None
         yield
@@ -115,7 +116,7 @@ def _cpus_to_offer(args: ServerArgs) -> int:
     return max(os.cpu_count() or 1, 2 + round(args.num_gpus * args.num_cpus_per_rank + args.dp_size))
 
 
-def _reason(error: RuntimeError) -> str:
-    """The line of Serve's report that names the exception, which the traceback above it leads to."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error: " in line), lines[-1])
+def _reason(reports: list[str]) -> str:
+    """The line that names the exception, in Serve's reports of a failed start: a traceback leads to it."""
+    lines = [line.strip() for report in reports for line in report.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error: " in line), lines[0])

@@ -167,6 +167,8 @@ def state_actor(args: ServerArgs, engine: Callable[[], ServedEngine]) -> ActorHa
         "get_if_exists": True,
         "num_cpus": 0,
         "resources": {"node:__internal_head__": 0.001},
+        # Not in the placement group of the engine replica that may be the first to ask: it would end with it.
+        "scheduling_strategy": "DEFAULT",
         "max_restarts": -1,
         # Calls that a crash interrupts are made again, and clients do not notice: every method may be repeated. Not
         # without bound, for it may be the call that is the cause.

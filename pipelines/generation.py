@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ MAX_INPUT_PIXELS = 2**26
 """Largest input picture: 8192x8192, which decodes to 256 MiB."""
 
 
-def generate(model: Model, job: Job, media: Media) -> Iterator[Event]:
+def generate(model: Model, job: Job, media: Media) -> Generator[Event, None, None]:
     """Compute `job`: a `Progress` after every denoising step, `Preview`s on the way, a `Result` at the end.
 
     Nothing happens between two `next()`: several generations may be advanced in turn, in any order, from the thread

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from greenlet import getcurrent, greenlet
 T = TypeVar("T")
 
 
-def iterate(function: Callable[[Callable[[T], object]], object]) -> Iterator[T]:
+def iterate(function: Callable[[Callable[[T], object]], object]) -> Generator[T, None, None]:
     """Run `function(emit)` piecewise: each `emit(item)` suspends it and yields `item`; asking for the next resumes it.
 
     What `function` raises is raised here. Closing the iterator raises `GreenletExit` inside `function`, at the `emit`
