@@ -74,7 +74,7 @@ class Gang:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self.placement_group, bundle),
             "concurrency_groups": {"control": 2},
         }
-        return ray.remote(Rank).options(**options).remote(self.args, rank, ranks_on_node)
+        return ray.remote(**options)(Rank).remote(self.args, rank, ranks_on_node)
 
     async def run(self, job: Job, media: Media, progress: bool) -> AsyncIterator[Event]:
         """Run `job` on every rank and give rank 0's events.
