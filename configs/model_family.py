@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Match(BaseModel):
-    """Which models belong to the family, judged by their `model_index.json` alone."""
+    """Which models belong to the family, judged by their configuration files."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -22,17 +24,26 @@ class Match(BaseModel):
     """Further entries `model_index.json` must have with these values."""
     components: tuple[str, ...] = ()
     """Components the model must really have (an absent one is listed as `[null, null]`)."""
+    component_config: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
+    """Entries that a component's own configuration file must have with these values, by component. They tell a
+    distilled model from the one it was distilled from where `model_index.json` is the same."""
 
-    def __call__(self, model_index: Mapping[str, Any]) -> bool:
+    def __call__(self, model_index: Mapping[str, Any], component_configs: Mapping[str, Mapping[str, Any]]) -> bool:
         return (
             model_index["_class_name"] in self.pipelines
             and all(model_index.get(key) == value for key, value in self.config.items())
             and all(model_index.get(name, [None])[0] is not None for name in self.components)
+            and all(
+                component_configs.get(name, {}).get(key) == value
+                for name, entries in self.component_config.items()
+                for key, value in entries.items()
+            )
         )
 
     @property
     def specificity(self) -> int:
-        return len(self.config) + len(self.components)
+        """How much is demanded beyond the class of the pipeline."""
+        return len(self.config) + len(self.components) + len(self.component_config)
 
 
 class SamplingDefaults(BaseModel):
@@ -66,8 +77,8 @@ class ModelFamily(BaseModel):
     """Sampling parameters the family's pipelines read, by their names in a request (`guidance_scale`, `flow_shift` …).
     A request that sets another is refused by name."""
     defaults: SamplingDefaults
-    image_defaults: Mapping[str, Any] = Field(default_factory=dict)
-    """What differs from `defaults` when a video model is asked for one picture."""
+    task_defaults: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
+    """What differs from `defaults` by task: the size of a video model's pictures, how freely a mask is filled."""
     size_multiple: int = 16
     """Width and height the model computes are multiples of this; other sizes are computed larger and cropped."""
     frame_multiple: int = 1
@@ -78,10 +89,9 @@ class ModelFamily(BaseModel):
     """Whether its transformer can be sharded over several ranks."""
 
     def defaults_for(self, task: str) -> SamplingDefaults:
-        """The defaults of one task: pictures of a video model have their own."""
-        if not task.endswith("video") and self.image_defaults:
-            return SamplingDefaults(**{**self.defaults.model_dump(), **self.image_defaults})
-        return self.defaults
+        """The defaults of one task. A picture is one frame, whatever length the family's clips have."""
+        frames = {} if task.endswith("video") else {"num_frames": 1}
+        return SamplingDefaults(**{**self.defaults.model_dump(), **frames, **self.task_defaults.get(task, {})})
 
 
 class ModelCard(BaseModel):
@@ -111,4 +121,58 @@ def families() -> tuple[ModelFamily, ...]:
 
 def family_of(model_index: Mapping[str, Any]) -> ModelFamily | None:
     """The family of a model with this `model_index.json`, or None when it is none that we know."""
-    return next((family for family in families() if family.match(model_index)), None)
+    return family_for(model_index)
+
+
+def family_for(
+    model_index: Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    component_configs: Mapping[str, Mapping[str, Any]] | None = None,
+) -> ModelFamily | None:
+    """The family of a model, changed by what the model says of itself.
+
+    Args:
+        model_index: the model's `model_index.json`.
+        overrides: the model's `ditserve.yaml`: fields of `ModelFamily` that replace its family's, mappings key by key.
+            For a model of no known family they must make up a whole one.
+        component_configs: configuration files of components, by component, as far as they are known.
+
+    Raises:
+        pydantic.ValidationError: the overrides name no field of `ModelFamily`, or do not make up a family.
+    """
+    known = next((family for family in families() if family.match(model_index, component_configs or {})), None)
+    if not overrides:
+        return known
+    pipeline = model_index["_class_name"]
+    family = known.model_dump() if known else {"name": pipeline, "match": {"pipelines": [pipeline]}}
+    return ModelFamily.model_validate(_merged(family, overrides))
+
+
+def family_in(directory: Path) -> ModelFamily | None:
+    """The family of the model in this directory, or None when it is none that we know.
+
+    Reads `model_index.json`, the configuration files of components that any family asks about, and the model's
+    `ditserve.yaml` if it has one. Raises as `family_for` does.
+    """
+    asked = {component for family in families() for component in family.match.component_config}
+    files = [
+        (component, directory / component / name)
+        for component in asked
+        for name in ("config.json", "scheduler_config.json")
+    ]
+    overrides = directory / "ditserve.yaml"
+    return family_for(
+        json.loads((directory / "model_index.json").read_text()),
+        yaml.safe_load(overrides.read_text()) if overrides.exists() else None,
+        {component: json.loads(file.read_text()) for component, file in files if file.exists()},
+    )
+
+
+def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `overrides`; where both have a mapping, merged in turn."""
+    both = {
+        key: _merged(base[key], value)
+        for key, value in overrides.items()
+        if isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+    }
+    return {**base, **overrides, **both}

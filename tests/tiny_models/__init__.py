@@ -37,11 +37,17 @@ BUILDERS: Mapping[str, Callable[[], DiffusionPipeline]] = {
     "qwen-image-edit-plus": images.qwen_image_edit_plus,
     "z-image": images.z_image,
     "sd3": images.sd3,
+    "flux1-schnell": images.flux1_schnell,
+    "flux2-klein-base": lambda: images.flux2_klein(is_distilled=False),
+    "z-image-turbo": lambda: images.z_image(shift=3.0),
     "stable-diffusion": images.stable_diffusion,
 }
 UNKNOWN_FAMILY = "stable-diffusion"
 """The one model above that belongs to no family of `configs/models/`."""
-FAMILIES = tuple(name for name in BUILDERS if name != UNKNOWN_FAMILY)
+VARIANTS = ("flux1-schnell", "flux2-klein-base", "z-image-turbo")
+"""Families that differ from another only in how they were distilled, not in what is computed."""
+FAMILIES = tuple(name for name in BUILDERS if name not in (UNKNOWN_FAMILY, *VARIANTS))
+"""One of each architecture."""
 
 
 def build(family_name: str) -> DiffusionPipeline:

@@ -54,11 +54,11 @@ def dynamic_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
 
 
-def static_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler(shift=3.0)
+def static_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=shift)
 
 
-def flux1_components() -> dict[str, object]:
+def flux1_components(guidance_embeds: bool = True) -> dict[str, object]:
     return {
         "scheduler": dynamic_scheduler(),
         "vae": vae(),
@@ -73,7 +73,7 @@ def flux1_components() -> dict[str, object]:
             num_attention_heads=4,
             joint_attention_dim=text.DIM,
             pooled_projection_dim=text.DIM,
-            guidance_embeds=True,
+            guidance_embeds=guidance_embeds,
             axes_dims_rope=(4, 6, 6),
         ),
     }
@@ -81,6 +81,10 @@ def flux1_components() -> dict[str, object]:
 
 def flux1() -> FluxPipeline:
     return FluxPipeline(**flux1_components())
+
+
+def flux1_schnell() -> FluxPipeline:
+    return FluxPipeline(**flux1_components(guidance_embeds=False))
 
 
 def flux1_kontext() -> FluxKontextPipeline:
@@ -114,14 +118,14 @@ def flux2() -> Flux2Pipeline:
     )
 
 
-def flux2_klein() -> Flux2KleinPipeline:
+def flux2_klein(is_distilled: bool = True) -> Flux2KleinPipeline:
     return Flux2KleinPipeline(
         scheduler=dynamic_scheduler(),
         vae=flux2_vae(),
         text_encoder=text.qwen3_language_model(),
         tokenizer=text.chat_tokenizer(),
         transformer=flux2_transformer(guidance_embeds=False),
-        is_distilled=True,
+        is_distilled=is_distilled,
     )
 
 
@@ -155,10 +159,10 @@ def qwen_image_edit_plus() -> QwenImageEditPlusPipeline:
     return QwenImageEditPlusPipeline(**qwen_image_components(zero_cond_t=True), processor=text.qwen_processor())
 
 
-def z_image() -> ZImagePipeline:
+def z_image(shift: float = 6.0) -> ZImagePipeline:
     """6 heads, which no 4 ranks divide, for the 30 of the real one."""
     return ZImagePipeline(
-        scheduler=static_scheduler(),
+        scheduler=static_scheduler(shift),
         vae=vae(),
         text_encoder=text.qwen3_model(),
         tokenizer=text.chat_tokenizer(),
@@ -177,7 +181,7 @@ def z_image() -> ZImagePipeline:
 def sd3() -> StableDiffusion3Pipeline:
     """As SD 3.5: normalised queries and keys, and a second attention over the image alone in the first layer."""
     return StableDiffusion3Pipeline(
-        scheduler=static_scheduler(),
+        scheduler=static_scheduler(shift=3.0),
         vae=vae(),
         text_encoder=text.clip_text_encoder_with_projection(16),
         tokenizer=text.clip_tokenizer(),

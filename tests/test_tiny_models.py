@@ -1,0 +1,106 @@
+"""Every tiny model loads from disk and does every task of its family, as a trained one would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from configs.model_family import ModelFamily, families, family_in
+from pipelines.job import Task
+from tests import tiny_models
+from tests.tasks import FRAMES, SIZE, generate
+
+NAMES = [name for name in tiny_models.BUILDERS if name != tiny_models.UNKNOWN_FAMILY]
+TASKS = [
+    (name, Task(task))
+    for name in NAMES
+    for task in next(family for family in families() if family.name == name).tasks
+]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny_models")
+
+
+@pytest.fixture(scope="module")
+def load(directory: Path):
+    @cache
+    def load(name: str) -> tuple[DiffusionPipeline, ModelFamily | None]:
+        path = tiny_models.save(name, directory)
+        return DiffusionPipeline.from_pretrained(path), family_in(path)
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def small_reference_images() -> Iterator[None]:
+    with tiny_models.small_reference_images():
+        yield
+
+
+@pytest.mark.parametrize(("name", "task"), TASKS)
+def test_a_task_gives_a_picture_or_clip_that_follows_seed_and_prompt(load, name: str, task: Task) -> None:
+    pipeline, family = load(name)
+    frames = generate(pipeline, family, task)
+    assert frames.shape == (FRAMES if task.is_video else 1, SIZE, SIZE, 3)
+    assert np.isfinite(frames).all()
+    assert frames.std() > 0.05
+    np.testing.assert_array_equal(frames, generate(pipeline, family, task))
+    assert np.abs(frames - generate(pipeline, family, task, seed=2)).mean() > 0.01
+    assert np.abs(frames - generate(pipeline, family, task, prompt="рояль 🎹 на сцене")).max() > 1 / 255
+
+
+@pytest.mark.parametrize(("name", "task"), [(n, t) for n, t in TASKS if not t.value.startswith("text_to")])
+def test_what_is_made_of_an_image_depends_on_it(load, name: str, task: Task) -> None:
+    pipeline, family = load(name)
+    red, blue = (generate(pipeline, family, task, colors=(color,)) for color in ("crimson", "navy"))
+    assert np.abs(red - blue).max() > 1 / 255
+
+
+@pytest.mark.parametrize(("name", "task"), [(n, t) for n, t in TASKS if t is Task.INPAINT])
+def test_inpainting_at_little_strength_keeps_what_the_mask_protects(load, name: str, task: Task) -> None:
+    """The right half is protected: there the output is the source as the VAE gives it back, at any strength."""
+    pipeline, family = load(name)
+    kept = [generate(pipeline, family, task, seed=seed)[:, :, -8:] for seed in (1, 2)]
+    freed = [generate(pipeline, family, task, seed=seed)[:, :, :8] for seed in (1, 2)]
+    assert np.abs(kept[0] - kept[1]).mean() < np.abs(freed[0] - freed[1]).mean() / 2
+
+
+@pytest.mark.parametrize(("name", "task"), [(n, t) for n, t in TASKS if t in (Task.IMAGE_EDIT, Task.INPAINT)])
+def test_an_edit_takes_as_many_images_as_its_family_says(load, name: str, task: Task) -> None:
+    pipeline, family = load(name)
+    if family.max_images == 1:
+        pytest.skip("one image, which the other tests give it")
+    colors = ("crimson", "navy", "gold", "teal", "plum", "peru")[: family.max_images]
+    one, all_of_them = generate(pipeline, family, task), generate(pipeline, family, task, colors=colors)
+    assert all_of_them.shape == one.shape
+    assert np.abs(one - all_of_them).max() > 1 / 255
+
+
+def test_a_model_of_no_known_family_loads_and_generates(load) -> None:
+    pipeline, family = load(tiny_models.UNKNOWN_FAMILY)
+    assert family is None
+    picture = pipeline("a cat", width=SIZE, height=SIZE, num_inference_steps=2, output_type="np").images
+    assert picture.shape == (1, SIZE, SIZE, 3)
+    assert picture.std() > 0.05
+
+
+@pytest.mark.parametrize("name", tiny_models.BUILDERS)
+def test_the_weights_are_the_same_every_time_and_on_disk(load, name: str) -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    built = tiny_models.build(name)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator moved"
+    loaded, _ = load(name)
+    for component, module in built.components.items():
+        if isinstance(module, torch.nn.Module):
+            state = getattr(loaded, component).state_dict()
+            for key, tensor in module.state_dict().items():
+                torch.testing.assert_close(state[key], tensor, rtol=0, atol=0)
