@@ -1,0 +1,349 @@
+"""Bad input: each kind gets its status in OpenAI's envelope, names the parameter, and hurts nobody after it."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from base64 import b64encode
+from typing import Any
+
+import httpx
+import pytest
+from openai import BadRequestError
+
+from tests.deployments.api.conftest import Server, picture
+
+GENERATIONS, EDITS, VIDEOS = "/v1/images/generations", "/v1/images/edits", "/v1/videos"
+
+
+def assert_envelope(answer: httpx.Response, status: int, param: str | None = None) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    body = answer.json()
+    assert set(body) == {"error", "detail"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["detail"] == body["error"]["message"]
+    assert body["error"]["param"] == param, body
+    assert answer.headers["x-request-id"]
+    assert "Traceback" not in answer.text
+    return body["error"]
+
+
+def assert_serves(server: Server, route: str) -> None:
+    if route == EDITS:
+        answer = server.http.post(route, data={"prompt": "p", "num_inference_steps": 1}, files={"image": picture()})
+    else:
+        answer = server.http.post(route, json={"prompt": "p", "num_inference_steps": 1})
+    assert answer.status_code == 200, answer.text
+
+
+COMMON: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": None}, "prompt"),
+    ({"prompt": 5}, "prompt"),
+    ({"prompt": ["p"]}, "prompt"),
+    ({"prompt": "p" * 32_001}, "prompt"),
+    ({"n": 0}, "n"),
+    ({"n": 11}, "n"),
+    ({"n": "many"}, "n"),
+    ({"n": 1.5}, "n"),
+    ({"n": True}, "n"),
+    ({"n": []}, "n"),
+    ({"size": "big"}, "size"),
+    ({"size": "0x64"}, "size"),
+    ({"size": "-64x64"}, "size"),
+    ({"size": "64x64x64"}, "size"),
+    ({"size": "99999x99999"}, "size"),
+    ({"size": 64}, "size"),
+    ({"width": 0}, "width"),
+    ({"width": 10**9}, "width"),
+    ({"height": "tall"}, "height"),
+    ({"height": 10**30}, "height"),
+    ({"seed": -1}, "seed"),
+    ({"seed": 2**63}, "seed"),
+    ({"seed": "x"}, "seed"),
+    ({"seed": []}, "seed"),
+    ({"seed": [1, 2], "n": 3}, "seed"),
+    ({"seed": list(range(11))}, "seed"),
+    ({"num_inference_steps": 0}, "num_inference_steps"),
+    ({"num_inference_steps": 1001}, "num_inference_steps"),
+    ({"guidance_scale": "high"}, "guidance_scale"),
+    ({"guidance_scale": -1}, "guidance_scale"),
+    ({"true_cfg_scale": "nan"}, "true_cfg_scale"),
+    ({"guidance_scale": "inf"}, "guidance_scale"),
+    ({"guidance_scale_2": 3.0}, "guidance_scale_2"),
+    ({"flow_shift": 0}, "flow_shift"),
+    ({"strength": 1.5}, "strength"),
+    ({"strength": 0.5}, "strength"),
+    ({"negative_prompt": {}}, "negative_prompt"),
+    ({"lora": 5}, "lora"),
+    ({"lora": {"strength": 1}}, "lora"),
+    ({"lora": {"nickname": "a", "strength": "x"}}, "lora"),
+    ({"lora": '{"nickname": '}, "lora"),
+]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        *COMMON,
+        ({"flow_shift": 3.0}, "flow_shift"),
+        ({"guidance_scale": 3.0}, "guidance_scale"),
+        ({"num_frames": 9}, "num_frames"),
+        ({"response_format": "url"}, "response_format"),
+        ({"response_format": "bmp"}, "response_format"),
+        ({"output_format": "gif"}, "output_format"),
+        ({"output_compression": 101}, "output_compression"),
+        ({"stream": "perhaps"}, "stream"),
+        ({"partial_images": 4, "stream": True}, "partial_images"),
+        ({"seed": 1, "n": 11, "stream": True}, "n"),
+    ],
+)
+def test_a_wrong_field_of_a_picture(images: Server, body: dict[str, Any], param: str) -> None:
+    answer = images.http.post(GENERATIONS, json={"prompt": "p", **body})
+    assert assert_envelope(answer, 400, param)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        *COMMON,
+        ({"prompt": ""}, "prompt"),
+        ({"true_cfg_scale": 3.0}, "true_cfg_scale"),
+        ({"seconds": 0}, "seconds"),
+        ({"seconds": "-4"}, "seconds"),
+        ({"seconds": "long"}, "seconds"),
+        ({"seconds": 10**6}, "seconds"),
+        ({"num_frames": 0}, "num_frames"),
+        ({"num_frames": 10**6}, "num_frames"),
+        ({"fps": 0}, "fps"),
+        ({"fps": 1000}, "fps"),
+    ],
+)
+def test_a_wrong_field_of_a_video(videos: Server, body: dict[str, Any], param: str) -> None:
+    assert_envelope(videos.http.post(VIDEOS, json={"prompt": "p", **body}), 400, param)
+
+
+def test_the_next_good_request_works(images: Server, videos: Server) -> None:
+    for server, route in ((images, GENERATIONS), (images, EDITS), (videos, VIDEOS)):
+        server.http.post(route, json={"prompt": "p", "n": "bad"})
+        server.http.post(route, content=b"{")
+        assert_serves(server, route)
+
+
+def test_openais_client_reads_the_envelope(images: Server) -> None:
+    with pytest.raises(BadRequestError) as raised:
+        images.openai().images.generate(prompt="p", n=11)
+    assert raised.value.param == "n"
+    assert raised.value.code == "invalid_value"
+    assert raised.value.request_id
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"{", b"[1]", b'"p"', b"nonsense", b"\xff\xfe", b"[" * 100_000, b'{"prompt": NaN}', b'{"prompt": "\\ud800"}'],
+)
+@pytest.mark.parametrize("route", [GENERATIONS, EDITS, "/v1/set_lora"])
+def test_a_body_that_is_not_a_json_object(images: Server, route: str, body: bytes) -> None:
+    assert_envelope(images.http.post(route, content=body, headers={"content-type": "application/json"}), 400)
+
+
+def test_no_body_at_all_lacks_the_prompt(images: Server, videos: Server) -> None:
+    assert_envelope(images.http.post(GENERATIONS), 400, "prompt")
+    assert_envelope(videos.http.post(VIDEOS), 400, "prompt")
+
+
+def bomb() -> bytes:
+    """A PNG of 30000 x 30000 pixels in a hundred bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "upload",
+    [b"", b"not an image", b"GIF89a" + bytes(100), picture()[:60], picture() * 0 + b"\x89PNG\r\n\x1a\n", bomb()],
+    ids=["empty", "text", "gif", "truncated", "header", "bomb"],
+)
+def test_what_is_not_a_picture(images: Server, animation: Server, upload: bytes) -> None:
+    answer = images.http.post(EDITS, data={"prompt": "p"}, files={"image": ("image.png", upload, "image/png")})
+    assert_envelope(answer, 400, "image")
+    answer = images.http.post(EDITS, data={"prompt": "p"}, files={"image": picture(), "mask": upload})
+    assert_envelope(answer, 400, "mask")
+    answer = animation.http.post(VIDEOS, data={"prompt": "p"}, files={"input_reference": upload})
+    assert_envelope(answer, 400, "input_reference")
+    assert_serves(images, EDITS)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "http://127.0.0.1/picture.png",
+        "https://example.com/picture.png",
+        "file:///etc/passwd",
+        "/etc/passwd",
+        "data:image/png;base64,!!!",
+        "data:image/png;base64",
+        "data:image/png;base64," + b64encode(b"no picture").decode(),
+        {"image_url": "https://example.com/picture.png"},
+        {"file_id": "file-1"},
+        {},
+    ],
+)
+def test_a_reference_to_what_lies_elsewhere(images: Server, animation: Server, reference: Any) -> None:
+    assert_envelope(images.http.post(EDITS, json={"prompt": "p", "images": [reference]}), 400, "image")
+    assert_envelope(
+        animation.http.post(VIDEOS, json={"prompt": "p", "input_reference": reference}), 400, "input_reference"
+    )
+
+
+def test_a_remote_url_is_refused_in_words(images: Server) -> None:
+    answer = images.http.post(EDITS, json={"prompt": "p", "images": [{"image_url": "https://example.com/a.png"}]})
+    assert "not fetched from remote URLs" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("mask", [picture((32, 32), "RGBA"), picture()], ids=["other size", "no alpha"])
+def test_a_mask_that_does_not_fit_its_image(images: Server, mask: bytes) -> None:
+    answer = images.http.post(EDITS, data={"prompt": "p"}, files={"image": picture(), "mask": mask})
+    assert_envelope(answer, 400, "mask")
+
+
+def test_an_edit_without_an_image_and_one_with_too_many(images: Server) -> None:
+    assert_envelope(images.http.post(EDITS, data={"prompt": "p"}), 400, "image")
+    answer = images.http.post(EDITS, data={"prompt": "p"}, files=[("image[]", picture())] * 17)
+    assert_envelope(answer, 400, "image")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_upload_beyond_50_mb(images: Server, chunked: bool) -> None:
+    request = images.http.build_request(
+        "POST", EDITS, data={"prompt": "p"}, files={"image": picture() + bytes(50 * 10**6)}
+    )
+    body = request.read()
+    headers = {"content-type": request.headers["content-type"]}
+    pieces: Any = (body[i : i + 2**20] for i in range(0, len(body), 2**20)) if chunked else body
+    assert_envelope(images.http.post(EDITS, content=pieces, headers=headers), 413, "image")
+    assert_serves(images, EDITS)
+
+
+def test_a_json_body_beyond_its_limit(images: Server) -> None:
+    body = {"prompt": "p", "padding": "x" * 2**21}
+    assert_envelope(images.http.post(GENERATIONS, json=body), 413)
+    assert_serves(images, GENERATIONS)
+
+
+FORM = {"content-type": "multipart/form-data; boundary=B"}
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body"),
+    [
+        ("multipart/form-data", b"--B--\r\n"),
+        ("multipart/form-data; boundary=B", b""),
+        ("multipart/form-data; boundary=B", b"nonsense"),
+        ("multipart/form-data; boundary=B", b'--B\r\nContent-Disposition: form-data; name="prompt"\r\n\r\np'),
+        ("multipart/form-data; boundary=B", b"--B\r\nContent-Disposition: form-data\r\n\r\np\r\n--B--\r\n"),
+        ("multipart/form-data; boundary=B", b'--B\r\nContent-Disposition: form-data; name="a"\r\n\r\n\r\n' * 300),
+    ],
+    ids=["no boundary", "empty", "nonsense", "cut short", "no name", "too many parts"],
+)
+def test_a_broken_multipart_body(videos: Server, content_type: str, body: bytes) -> None:
+    assert_envelope(videos.http.post(VIDEOS, content=body, headers={"content-type": content_type}), 400)
+    assert_serves(videos, VIDEOS)
+
+
+def test_form_names_that_contradict_each_other(videos: Server) -> None:
+    answer = videos.http.post(VIDEOS, data={"prompt": "p", "lora": "a", "lora[nickname]": "b"})
+    assert_envelope(answer, 400, "lora")
+    assert_envelope(videos.http.post(VIDEOS, data={"prompt": "p", "lora" + "[]" * 9: "a"}), 400, "lora" + "[]" * 9)
+
+
+def test_text_that_is_not_utf_8(videos: Server) -> None:
+    body = b'--B\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n\xff\r\n--B--\r\n'
+    assert_envelope(videos.http.post(VIDEOS, content=body, headers=FORM), 400, "prompt")
+
+
+def test_what_the_model_cannot_do_is_refused_with_what_it_can(
+    images: Server, videos: Server, animation: Server
+) -> None:
+    error = assert_envelope(images.http.post(VIDEOS, json={"prompt": "p"}), 400, "model")
+    assert "text_to_image" in error["message"]
+    error = assert_envelope(videos.http.post(GENERATIONS, json={"prompt": "p"}), 400)
+    assert "text_to_video" in error["message"]
+    edit = videos.http.post(EDITS, data={"prompt": "p"}, files={"image": picture()})
+    assert_envelope(edit, 400, "image")
+    error = assert_envelope(animation.http.post(VIDEOS, json={"prompt": "p"}), 400, "input_reference")
+    assert "image_to_video" in error["message"]
+
+
+@pytest.mark.parametrize("size", ["64x64", "832x480"])
+def test_a_text_to_video_model_refuses_input_reference_as_sglang_words_it(videos: Server, size: str) -> None:
+    answer = videos.http.post(VIDEOS, json={"prompt": "p", "input_reference": "dummy", "size": size})
+    assert_envelope(answer, 400, "input_reference")
+    assert "input_reference is not supported" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/videos/nothing"),
+        ("DELETE", "/v1/videos/nothing"),
+        ("GET", "/v1/videos/nothing/content"),
+        ("GET", "/v1/videos/..%2F..%2Fetc%2Fpasswd"),
+        ("GET", "/v1/images/nothing/content"),
+        ("GET", "/v1/videos?after=nothing"),
+        ("GET", "/v2/anything"),
+        ("POST", "/v1/images/variations"),
+        ("POST", "/v1/videos/nothing/remix"),
+        ("POST", "/v1/videos/edits"),
+        ("POST", "/v1/videos/extensions"),
+        ("POST", "/v1/videos/characters"),
+        ("GET", "/v1/videos/characters/one"),
+    ],
+)
+def test_what_does_not_exist(videos: Server, method: str, path: str) -> None:
+    error = assert_envelope(videos.http.request(method, path), 404)
+    assert error["type"] == "not_found_error"
+    assert error["code"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", GENERATIONS, "POST"),
+        ("PUT", VIDEOS, "POST"),
+        ("PATCH", "/v1/videos/a", "GET"),
+        ("POST", "/health", "GET"),
+    ],
+)
+def test_a_wrong_method_is_told_the_right_one(images: Server, method: str, path: str, allowed: str) -> None:
+    answer = images.http.request(method, path)
+    assert_envelope(answer, 405)
+    assert allowed in answer.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        ("/v1/videos?limit=0", "limit"),
+        ("/v1/videos?limit=101", "limit"),
+        ("/v1/videos?limit=few", "limit"),
+        ("/v1/videos?order=random", "order"),
+        ("/v1/videos/any/content?variant=poster", "variant"),
+        ("/v1/videos/any/content?variant=-1", "variant"),
+        ("/v1/videos/any/content?index=-1", "index"),
+        ("/v1/images/any/content?variant=first", "variant"),
+    ],
+)
+def test_a_wrong_query(videos: Server, path: str, param: str) -> None:
+    assert_envelope(videos.http.get(path), 400, param)
+
+
+def test_every_answer_has_a_request_id_and_a_sane_one_of_the_clients_is_kept(images: Server) -> None:
+    first, second = (images.http.get("/health").headers["x-request-id"] for _ in range(2))
+    assert first != second
+    kept = images.http.get("/nowhere", headers={"x-request-id": "mine-1"})
+    assert kept.headers["x-request-id"] == "mine-1"
+    for strange in ("a b", "x" * 129, "<script>"):
+        assert images.http.get("/health", headers={"x-request-id": strange}).headers["x-request-id"] != strange

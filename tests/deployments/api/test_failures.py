@@ -1,0 +1,101 @@
+"""Failures of the server itself, which no healthy engine shows: an app over an engine that fails as told."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+
+from configs.server_args import ServerArgs
+from deployments.errors import APIError
+from deployments.ingress import create_app
+from pipelines.job import Event, InvalidJob, Job, Media, Progress
+from tests.deployments.api.conftest import IMAGES
+from tests.deployments.api.stand_in import StandInEngine, StandInState
+
+
+class FailingEngine(StandInEngine):
+    """Gives some steps, then raises."""
+
+    def __init__(self, failure: Exception, steps: int = 0):
+        super().__init__(IMAGES)
+        self._failure = failure
+        self._steps = steps
+
+    async def ready(self) -> None:
+        raise self._failure
+
+    async def generate(self, job: Job, media: Media, *, progress: bool) -> AsyncGenerator[Event, None]:
+        for step in range(self._steps):
+            yield Progress(step + 1, 10)
+        raise self._failure
+
+
+@asynccontextmanager
+async def client(failure: Exception, steps: int = 0) -> AsyncIterator[httpx.AsyncClient]:
+    engine = FailingEngine(failure, steps)
+    app = create_app(ServerArgs(), engine, StandInState(engine))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+        yield http
+
+
+FULL = APIError(429, "The queue is full", code="queue_full", headers={"Retry-After": "7"})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("failure", "status", "kind"),
+    [
+        (FULL, 429, "rate_limit_error"),
+        (APIError(503, "still loading", code="not_ready"), 503, "server_error"),
+        (InvalidJob("too wide for this model", "size"), 400, "invalid_request_error"),
+        (RuntimeError("secret /path"), 500, "server_error"),
+    ],
+)
+async def test_a_failure_before_the_first_step_has_its_own_status(
+    failure: Exception, status: int, kind: str, stream: bool
+) -> None:
+    async with client(failure) as http:
+        answer = await http.post("/v1/images/generations", json={"prompt": "p", "stream": stream})
+    assert answer.status_code == status
+    assert answer.json()["error"]["type"] == kind
+    assert "secret" not in answer.text
+    assert answer.headers["x-request-id"]
+    if failure is FULL:
+        assert answer.headers["retry-after"] == "7"
+
+
+async def test_an_unexpected_failure_is_logged_under_the_id_the_client_gets(caplog: pytest.LogCaptureFixture) -> None:
+    async with client(RuntimeError("the reason")) as http:
+        with caplog.at_level(logging.ERROR):
+            answer = await http.post("/v1/images/generations", json={"prompt": "p"}, headers={"x-request-id": "mine"})
+    assert "mine" in answer.json()["error"]["message"]
+    assert answer.headers["x-should-retry"] == "false"
+    assert "Request mine" in caplog.text
+    assert "the reason" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [(APIError(503, "a worker died", code="gang_broken"), "gang_broken"), (RuntimeError("secret"), "internal_error")],
+)
+async def test_a_failure_amid_a_stream_is_its_last_event(failure: Exception, code: str) -> None:
+    async with client(failure, steps=2) as http:
+        answer = await http.post("/v1/images/generations", json={"prompt": "p", "stream": True})
+    assert answer.status_code == 200
+    *_, last, end = answer.text.split("\n\n")
+    assert end == ""
+    assert last.startswith('event: error\ndata: {"type":"error","error":{"message":')
+    assert f'"code":"{code}"' in last
+    assert "secret" not in answer.text
+
+
+async def test_readiness_says_what_is_wrong_while_the_server_is_alive() -> None:
+    async with client(APIError(503, "rank 2 does not answer", code="not_ready")) as http:
+        assert (await http.get("/health")).status_code == 200
+        answer = await http.get("/ready")
+    assert answer.status_code == 503
+    assert answer.json()["error"]["message"] == "rank 2 does not answer"
