@@ -1,14 +1,15 @@
 """Key names of every public adapter format, made diffusers' own: `[transformer.]<module>.lora_A.weight` and the like.
 
-The work is diffusers' (each family's `lora_state_dict`). Here is what it leaves open: which keys it left unused,
-alphas that it would round to half precision, and names that PEFT itself writes.
+Foreign names are diffusers' work (each family's `lora_state_dict`). Here is what it leaves open: which keys it left
+unused, alphas that it would round to half precision, and files in PEFT's and diffusers' own naming, which it would
+take for foreign ones when they have alphas.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -36,18 +37,20 @@ class Converted:
     """Whole-tensor updates of the first transformer by parameter name."""
 
 
-def convert(tensors: Mapping[str, torch.Tensor], pipeline_class: type, parameters: Mapping[str, object]) -> Converted:
+def convert(
+    tensors: Mapping[str, torch.Tensor], pipeline_class: type, transformers: Mapping[str, Collection[str]]
+) -> Converted:
     """Rename all tensors of a file.
 
     Args:
-        parameters: names of the first transformer's parameters.
+        transformers: the names of their parameters by component name.
 
     Raises:
         InvalidAdapter: the file is of no format that the pipeline's family knows, or not every key has a use.
     """
-    ours = {key: key.removeprefix(PEFT_PREFIX) for key in tensors}
-    if any((layer := LAYER.fullmatch(key)) and f"{layer['module']}.weight" in parameters for key in ours.values()):
-        return Converted({ours[key]: tensor for key, tensor in tensors.items()})
+    ours = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+    if any(_names_a_layer(key, transformers) for key in ours):
+        return Converted(*_without_alphas(ours))
 
     if not hasattr(pipeline_class, "lora_state_dict"):
         raise InvalidAdapter(f"can't be used: {pipeline_class.__name__} takes no LoRA")
@@ -67,6 +70,14 @@ def convert(tensors: Mapping[str, torch.Tensor], pipeline_class: type, parameter
     )
 
 
+def _names_a_layer(key: str, transformers: Mapping[str, Collection[str]]) -> bool:
+    """Whether a key is in diffusers' naming already."""
+    layer = LAYER.fullmatch(key)
+    return layer is not None and any(
+        f"{layer['module'].removeprefix(f'{name}.')}.weight" in parameters for name, parameters in transformers.items()
+    )
+
+
 def _by_diffusers(
     traced: dict[str, torch.Tensor], pipeline_class: type
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -79,11 +90,13 @@ def _by_diffusers(
             f"is of no LoRA format that {pipeline_class.__name__} knows (keys such as {listed(traced)})"
         ) from error
     state, alphas = result if isinstance(result, tuple) else (result, None)
-    tensors = {**state, **(alphas or {})}
-    return (
-        {key: tensor for key, tensor in tensors.items() if not ALPHA.fullmatch(key)},
-        {match["module"]: float(tensor) for key, tensor in tensors.items() if (match := ALPHA.fullmatch(key))},
-    )
+    return _without_alphas({**state, **(alphas or {})})
+
+
+def _without_alphas(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """The tensors that are no alpha, and the alphas by module."""
+    alphas = {match["module"]: float(value) for key, value in state.items() if (match := ALPHA.fullmatch(key))}
+    return {key: value for key, value in state.items() if not ALPHA.fullmatch(key)}, alphas
 
 
 def _is_neutral(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft.utils import get_pattern_key
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -57,7 +57,7 @@ def load(source: Source, pipeline_class: type, transformers: Mapping[str, nn.Mod
     try:
         tensors, config = _read(source)
         _demand_lora(tensors, config)
-        converted = convert(tensors, pipeline_class, shapes[first])
+        converted = convert(tensors, pipeline_class, shapes)
         updates = {
             name: _updates(layers, converted, config, shapes[name])
             for name, layers in _by_transformer(converted.layers, shapes).items()
@@ -177,8 +177,8 @@ def _demand_known(layers: Mapping[str, torch.Tensor], shapes: Mapping[str, torch
         return
     if len(unknown) == len(layers):
         raise InvalidAdapter(f"is for another model: no layer matches this one ({listed(unknown)})")
-    kinds = {re.sub(r"\d+", "0", name) for name in shapes}
-    if all((m := LAYER.fullmatch(key)) and re.sub(r"\d+", "0", f"{m['module']}.weight") in kinds for key in unknown):
+    kinds = {_any_block(name) for name in shapes}
+    if all((m := LAYER.fullmatch(key)) and _any_block(f"{m['module']}.weight") in kinds for key in unknown):
         raise InvalidAdapter(
             f"is for a deeper model: {len(unknown)} of {len(layers)} keys name blocks that this one has not "
             f"({listed(unknown)})"
@@ -206,6 +206,11 @@ def _demand_fit(updates: Mapping[str, Update], shapes: Mapping[str, torch.Size])
 def _storable(tensor: torch.Tensor) -> torch.Tensor:
     """In a precision that factors are kept in: others (fp8, fp64) become fp32."""
     return tensor if tensor.dtype in DTYPES.values() else tensor.float()
+
+
+def _any_block(name: str) -> str:
+    """A parameter's name without the numbers of its blocks."""
+    return re.sub(r"\b\d+\b", "*", name)
 
 
 def _by(shape: torch.Size) -> str:
