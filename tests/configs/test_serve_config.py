@@ -87,15 +87,18 @@ def test_the_graph_is_the_one_the_command_line_prints(
 
 
 def test_the_names_are_those_of_the_graph(application: dict[str, Any]) -> None:
-    from deployments import app, state
+    from deployments import app, clients
 
     assert application["import_path"] == f"{app.__name__}:{app.build.__name__}"
-    assert application["name"] == state.APPLICATION
+    assert application["name"] == clients.APPLICATION
     assert [deployment["name"] for deployment in application["deployments"]] == ["Ingress", "Engine"]
 
 
-def test_a_replaced_engine_may_finish_the_longest_job(application: dict[str, Any]) -> None:
-    from deployments.app import LONGEST_JOB_SECONDS
+def test_what_serve_is_told_of_the_engine_is_what_the_application_says_itself(application: dict[str, Any]) -> None:
+    from deployments.app import engine_options
 
     engine = next(deployment for deployment in application["deployments"] if deployment["name"] == "Engine")
-    assert engine["graceful_shutdown_timeout_s"] >= LONGEST_JOB_SECONDS
+    options = engine_options(ServerArgs(device="cpu"))
+    assert {name: options[name] for name in engine if name != "name"} == {
+        name: value for name, value in engine.items() if name != "name"
+    }
