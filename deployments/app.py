@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
 
 from configs.server_args import ServerArgs
 from deployments.clients import EngineClient, StateClient, connect_engine
@@ -33,7 +33,7 @@ class Ingress:
         self.engine = EngineClient(engine)
         self.state = StateClient(state_actor(args, connect_engine))
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         return create_app(self.args, self.engine, self.state)
 
 

@@ -1,0 +1,155 @@
+"""The rooms of the house and the direction of their imports, read from the source without running it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+ROOMS = ("configs", "lora", "pipelines", "deployments")
+"""From the ground up: a room may import itself and those before it."""
+
+ONLY_HERE = {
+    "ray": ("deployments",),
+    "fastapi": ("deployments.ingress", "deployments.api"),
+}
+"""Libraries by the packages that may import them."""
+
+TORCH = {"torch", "diffusers", "transformers", "accelerate", "peft", "safetensors.torch"}
+
+WITHOUT_TORCH = ("deployments.ingress", "deployments.app", "deployments.state", "deployments.cli")
+"""What the processes that compute nothing import: of the Ingress and Engine replicas, of the state actor and of the
+command line. Torch would cost each of them 150 MB and two seconds."""
+
+TEXT_SUFFIXES = (".py", ".yaml", ".md", ".sh")
+
+UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b|^(<{7}|={7}|>{7})( |$)|\bbreakpoint\(|\bimport pdb\b", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, and whether it is imported as soon as the importing module is."""
+
+    module: str
+    at_once: bool
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+SOURCES = {
+    module_name(path): ast.parse(path.read_text(), str(path))
+    for room in ROOMS
+    for path in sorted((REPOSITORY / room).rglob("*.py"))
+}
+"""The syntax tree of each module of ours."""
+
+
+def imports_of(module: str) -> set[Import]:
+    return set(_imports(SOURCES[module], at_once=True))
+
+
+def _imports(node: ast.AST, *, at_once: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        match child:
+            case ast.Import(names):
+                yield from (Import(alias.name, at_once) for alias in names)
+            case ast.ImportFrom(module=str(module), names=names, level=0):
+                yield Import(module, at_once)
+                # `from deployments.api import images` imports a module, not a name.
+                yield from (Import(name, at_once) for alias in names if (name := f"{module}.{alias.name}") in SOURCES)
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
+                yield from _imports(child, at_once=False)
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                yield from (Import(found.module, at_once=False) for found in _imports(child, at_once=False))
+            case _:
+                yield from _imports(child, at_once=at_once)
+
+
+def is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def loaded_with(module: str) -> dict[str, str]:
+    """Every module that importing `module` imports at once, at any depth of ours, each with the one that imports it."""
+    importer = {module: ""}
+    waiting = [module]
+    while waiting:
+        current = waiting.pop()
+        found = {imported.module for imported in imports_of(current) if imported.at_once}
+        # Importing a.b.c imports a and a.b first.
+        found |= {".".join(name.split(".")[:depth]) for name in found for depth in range(1, name.count(".") + 1)}
+        for name in found - importer.keys():
+            importer[name] = current
+            if name in SOURCES:
+                waiting.append(name)
+    return importer
+
+
+def test_the_rooms_are_all_there() -> None:
+    assert {name.split(".")[0] for name in SOURCES} == set(ROOMS)
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_point_down_only(module: str) -> None:
+    floor = ROOMS.index(module.split(".")[0])
+    upward = [found.module for found in imports_of(module) if found.module.split(".")[0] in ROOMS[floor + 1 :]]
+    assert not upward, f"{module} imports {upward}, which stand above it"
+
+
+@pytest.mark.parametrize(("library", "packages"), ONLY_HERE.items())
+def test_a_library_stays_in_its_room(library: str, packages: tuple[str, ...]) -> None:
+    strays = [
+        module
+        for module in SOURCES
+        if any(is_within(found.module, library) for found in imports_of(module))
+        and not any(is_within(module, package) for package in packages)
+    ]
+    assert not strays, f"{library} is imported by {strays}"
+
+
+@pytest.mark.parametrize("entrance", WITHOUT_TORCH)
+def test_torch_does_not_reach_a_process_that_computes_nothing(entrance: str) -> None:
+    importer = loaded_with(entrance)
+    assert not [path_to(module, importer) for module in TORCH & importer.keys()]
+
+
+def test_torch_is_found_where_it_is_imported() -> None:
+    assert any("torch" in loaded_with(module) for module in SOURCES if is_within(module, "pipelines"))
+
+
+def path_to(module: str, importer: dict[str, str]) -> str:
+    """The chain of imports by which `module` is loaded."""
+    chain = [module]
+    while importer.get(chain[0]):
+        chain.insert(0, importer[chain[0]])
+    return " -> ".join(chain)
+
+
+def test_imports_name_their_module_in_full() -> None:
+    relative = [
+        module
+        for module, tree in SOURCES.items()
+        if any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
+    ]
+    assert not relative
+
+
+@pytest.mark.parametrize("path", [*ROOMS, "tests", "benchmarks", "docs", "Makefile", "README.md", "serve_config.yaml"])
+def test_nothing_is_left_unfinished(path: str) -> None:
+    top = REPOSITORY / path
+    files = [top] if top.is_file() else [file for file in top.rglob("*") if file.suffix in TEXT_SUFFIXES]
+    assert files, f"{path} is gone"
+    unfinished = {
+        str(file.relative_to(REPOSITORY)): found[0]
+        for file in files
+        if file != Path(__file__) and (found := UNFINISHED.search(file.read_text()))
+    }
+    assert not unfinished
