@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -51,7 +52,10 @@ def served(args: ServerArgs) -> Iterator[None]:
 
         joined = bool(os.environ.get("RAY_ADDRESS"))
         local_cluster = {} if joined else {"num_cpus": _cpus_to_offer(args), "include_dashboard": False}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         ray.init(log_to_driver=False, logging_level="warning", **local_cluster)
+        for number, handler in handlers.items():  # Ray has put its own in their place
+            signal.signal(number, handler)
         stack.callback(ray.shutdown)
         serve.start(
             proxy_location="EveryNode" if joined else "HeadOnly",
