@@ -56,16 +56,13 @@ class ParallelDims:
             ValueError: the degrees do not multiply to `num_gpus`; the message is the equation.
         """
         cfg_degree = 2 if enable_cfg_parallel else 1
-        if sp_degree is None:
-            if ulysses_degree is not None and ring_degree is not None:
-                sp_degree = ulysses_degree * ring_degree
-            else:
-                sp_degree = max(1, num_gpus // (dp_size * cfg_degree))
+        ranks = sp_degree or max(1, num_gpus // (dp_size * cfg_degree))
         if ulysses_degree is None:
-            ulysses_degree = max(1, sp_degree // (ring_degree or 1))
+            ulysses_degree = max(1, ranks // (ring_degree or 1))
         if ring_degree is None:
-            ring_degree = max(1, sp_degree // ulysses_degree)
-        if sp_degree != ulysses_degree * ring_degree:
+            ring_degree = max(1, ranks // ulysses_degree)
+        # Only someone who gave `sp_degree` is told of it; others get the whole equation below.
+        if sp_degree is not None and sp_degree != ulysses_degree * ring_degree:
             raise ValueError(
                 f"sp_degree ({sp_degree}) must equal ulysses_degree * ring_degree "
                 f"({ulysses_degree} * {ring_degree} = {ulysses_degree * ring_degree})"

@@ -19,7 +19,7 @@ from diffusers.pipelines.qwenimage import (
 )
 
 from pipelines.bundled import make_directory_once
-from pipelines.bundled.builder import randomize
+from pipelines.bundled.builder import randomize, sharpen_posterior
 from tests.tiny_models import images, wan
 
 BUILDERS: Mapping[str, Callable[[], DiffusionPipeline]] = {
@@ -58,6 +58,7 @@ def build(family_name: str) -> DiffusionPipeline:
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 randomize(component)
+        sharpen_posterior(pipeline.vae)
     return pipeline
 
 
