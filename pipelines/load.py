@@ -13,9 +13,10 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin
+from pydantic import ValidationError
 from torch import nn
 
-from configs.model_family import ModelCard, family_of
+from configs.model_family import ModelCard, ModelFamily, family_in
 from configs.server_args import ServerArgs
 from pipelines.job import InvalidJob, Task
 from pipelines.offload import place
@@ -73,7 +74,7 @@ def load_model(args: ServerArgs, mesh: Mesh | None = None) -> Model:
     dtype = resolve_dtype(args.dtype, device)
     directory = model_directory(args.model_path)
     model_index = read_model_index(directory)
-    family = family_of(model_index)
+    family = read_family(directory)
     if mesh is not None and (family is None or not family.sharded):
         raise ValueError(
             f"{model_index['_class_name']} cannot be sharded over {mesh.size} ranks: serve it on one (--num-gpus 1)"
@@ -147,6 +148,19 @@ def read_model_index(directory: Path) -> Mapping[str, Any]:
     if not isinstance(model_index, dict) or "_class_name" not in model_index:
         raise ValueError(f"'{path}' names no pipeline class")
     return model_index
+
+
+def read_family(directory: Path) -> ModelFamily | None:
+    """The model's family, with what its `ditserve.yaml` changes; None if it is of none that we know.
+
+    Raises:
+        ValueError: its `ditserve.yaml` says what no family can.
+    """
+    try:
+        return family_in(directory)
+    except ValidationError as error:
+        findings = "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())
+        raise ValueError(f"'{directory / 'ditserve.yaml'}' does not describe a model family: {findings}") from error
 
 
 def prompt_components(model_index: Mapping[str, Any]) -> tuple[str, ...]:
