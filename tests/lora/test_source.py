@@ -1,0 +1,125 @@
+"""What a client may name as an adapter, and how two adapters are told apart."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora.source import InvalidAdapter, resolve
+
+
+def weights(file: Path, value: float = 1.0) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"x": torch.full((4,), value)}, file)
+    return file
+
+
+def test_a_file_is_itself(tmp_path: Path) -> None:
+    file = weights(tmp_path / "anything.safetensors")
+    assert resolve(str(file)).file == file
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["one.safetensors"], "one.safetensors"),
+        (["a.safetensors", "pytorch_lora_weights.safetensors"], "pytorch_lora_weights.safetensors"),
+        (["a.safetensors", "adapter_model.safetensors", "readme.md"], "adapter_model.safetensors"),
+    ],
+)
+def test_in_a_folder_the_only_file_is_meant_or_the_one_with_a_usual_name(
+    names: list[str], chosen: str, tmp_path: Path
+) -> None:
+    for name in names:
+        weights(tmp_path / name)
+    assert resolve(str(tmp_path)).file == tmp_path / chosen
+
+
+def test_pefts_config_is_found_beside_the_file(tmp_path: Path) -> None:
+    file = weights(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert resolve(str(file)).config == tmp_path / "adapter_config.json"
+    assert resolve(str(tmp_path)).config == tmp_path / "adapter_config.json"
+
+
+@pytest.mark.parametrize(
+    ("path", "files", "reason"),
+    [
+        ("nowhere.safetensors", [], "does not exist"),
+        ("path/to/nowhere", [], "does not exist"),
+        ("folder/nowhere.safetensors", [], "does not exist"),
+        ("empty", ["empty/"], "has no safetensors file"),
+        ("pickled", ["pickled/adapter_model.bin"], "has only pickled weights"),
+        ("adapter.pt", ["adapter.pt"], "is a pickle"),
+        (
+            "two",
+            ["two/a.safetensors", "two/b.safetensors"],
+            r"has 2 safetensors files \(a.safetensors, b.safetensors\)",
+        ),
+    ],
+)
+def test_what_is_no_adapter_is_refused_by_name(
+    path: str, files: list[str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in files:
+        target = tmp_path / file
+        (target if file.endswith("/") else target.parent).mkdir(parents=True, exist_ok=True)
+        if not file.endswith("/"):
+            target.write_bytes(b"content")
+    with pytest.raises(InvalidAdapter, match=f"'{path}' {reason}"):
+        resolve(path)
+
+
+def test_the_identity_follows_the_content(tmp_path: Path) -> None:
+    file = weights(tmp_path / "adapter.safetensors")
+    before = resolve(str(file)).identity
+    assert resolve(str(tmp_path)).identity == before
+    weights(file, value=2.0)
+    os.utime(file, ns=(0, 123_456_789))
+    assert resolve(str(file)).identity != before
+
+
+def test_a_changed_config_is_another_identity(tmp_path: Path) -> None:
+    file = weights(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 1}')
+    before = resolve(str(file)).identity
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 16}')
+    assert resolve(str(file)).identity != before
+
+
+class TestHuggingFaceRepo:
+    """Without network: what lies in the hub's local cache."""
+
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+    @pytest.fixture(autouse=True)
+    def _hub_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from huggingface_hub import constants
+
+        repo = tmp_path / "models--someone--style"
+        weights(repo / "snapshots" / self.COMMIT / "style.safetensors")
+        weights(repo / "snapshots" / self.COMMIT / "more" / "other.safetensors")
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text(self.COMMIT)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def test_its_identity_is_the_revision(self) -> None:
+        source = resolve("someone/style")
+        assert source.identity == f"someone/style@{self.COMMIT}/style.safetensors"
+        assert source.file.is_file()
+
+    def test_a_file_in_it_can_be_named(self) -> None:
+        assert resolve("someone/style/more/other.safetensors").file.name == "other.safetensors"
+
+    def test_a_revision_can_be_named(self) -> None:
+        assert resolve(f"someone/style@{self.COMMIT}").identity == resolve("someone/style").identity
+
+    def test_one_that_cannot_be_reached_is_refused(self) -> None:
+        with pytest.raises(InvalidAdapter, match="'someone/unknown' does not exist"):
+            resolve("someone/unknown")
