@@ -103,9 +103,16 @@ class AdapterRegistry:
             self._demand_distinct(requests)
             self._demand_free(requests)
             notes: list[str] = []
-            named = {request.nickname: await self._find(request, notes) for request in requests}
-            composition = tuple(_spec(request, named[request.nickname]) for request in requests)
-            await self._make_default(composition)
+            named: dict[str, Named] = {}
+            composition: Composition = ()
+            try:
+                for request in requests:
+                    named[request.nickname] = await self._find(request, notes)
+                    composition += (_spec(request, named[request.nickname]),)
+                    self._pin(self._default + composition)
+                await self._make_default(composition)
+            finally:
+                self._pin(self._default)
             self._set = composition
             self._nicknames |= named
             return self._status([*notes, *self._ignored_targets(composition)])

@@ -11,10 +11,8 @@ V = TypeVar("V")
 
 
 class LRUCache(Generic[K, V]):
-    """Holds at most `max_bytes`, except that pinned entries always stay.
-
-    A value that does not fit beside the pinned ones is not kept at all: `get` then misses, as after any eviction.
-    """
+    """Holds at most `max_bytes`, except that pinned entries always stay, and the one put last until the next `put`
+    or `pin`: so whoever put it can still pin it."""
 
     def __init__(self, max_bytes: int, size_of: Callable[[V], int]):
         self.max_bytes = max_bytes
@@ -42,20 +40,20 @@ class LRUCache(Generic[K, V]):
         self.discard(key)
         self._values[key] = value
         self.num_bytes += self._size_of(value)
-        self._evict()
+        self._evict(self._pinned | {key})
 
     def pin(self, keys: Collection[K]) -> None:
         """Exactly these keys are not evicted from now on, whether they are held yet or not."""
         self._pinned = frozenset(keys)
-        self._evict()
+        self._evict(self._pinned)
 
     def discard(self, key: K) -> None:
         """Free one entry, pinned or not; nothing happens when it is not held."""
         if key in self._values:
             self.num_bytes -= self._size_of(self._values.pop(key))
 
-    def _evict(self) -> None:
-        for key in [key for key in self._values if key not in self._pinned]:
+    def _evict(self, spared: Collection[K]) -> None:
+        for key in [key for key in self._values if key not in spared]:
             if self.num_bytes <= self.max_bytes:
                 return
             self.discard(key)

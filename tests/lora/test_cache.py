@@ -24,10 +24,19 @@ def test_one_big_value_takes_the_place_of_several() -> None:
     assert "d" in held
 
 
-def test_a_value_larger_than_the_budget_is_not_kept() -> None:
+def test_a_value_larger_than_the_budget_stays_until_the_next_one_comes() -> None:
     held = cache(3, a=b"1234")
+    assert held.get("a") == b"1234"
+    held.put("b", b"5")
     assert held.get("a") is None
-    assert held.num_bytes == 0
+    assert held.num_bytes == 1
+
+
+def test_a_value_larger_than_the_budget_can_be_pinned_after_it_was_put() -> None:
+    held = cache(3, a=b"1234")
+    held.pin({"a"})
+    held.put("b", b"5")
+    assert held.get("a") == b"1234"
 
 
 def test_pinned_values_stay_even_over_the_budget() -> None:
@@ -36,7 +45,8 @@ def test_pinned_values_stay_even_over_the_budget() -> None:
     held.put("a", b"123")
     held.put("b", b"456")
     held.put("c", b"7")
-    assert (held.get("a"), held.get("b"), held.get("c")) == (b"123", b"456", None)
+    held.put("d", b"8")
+    assert [key in held for key in "abcd"] == [True, True, False, True]
 
 
 def test_pinning_others_frees_what_was_pinned_before() -> None:
