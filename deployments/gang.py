@@ -47,10 +47,9 @@ class Gang:
             ValueError: the model cannot be loaded or sharded; the message is for the user.
             GangBroken: a rank died while loading.
         """
-        nodes = [node for _, node in self._bundles_by_node()]
-        self.ranks = [
-            self._spawn(rank, bundle, nodes.count(node)) for rank, (bundle, node) in enumerate(self._bundles_by_node())
-        ]
+        places = self._bundles_by_node()
+        nodes = [node for _, node in places]
+        self.ranks = [self._spawn(rank, bundle, nodes.count(node)) for rank, (bundle, node) in enumerate(places)]
         self.composition = ()
         try:
             init_method = await self.ranks[0].rendezvous.remote() if len(self.ranks) > 1 else None

@@ -11,7 +11,7 @@ import ray
 from configs.server_args import ServerArgs
 from deployments.gang import Gang, GangBroken
 from deployments.rank import Stopped
-from pipelines.job import Event, InvalidJob, Job, Progress, Result, Task
+from pipelines.job import Event, InvalidJob, Job, Media, Progress, Result, Task
 
 pytestmark = [pytest.mark.gang, pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("ray_cluster")]
 
@@ -23,8 +23,8 @@ def job(name: str, steps: int = 3, **changes: object) -> Job:
     return Job(id=name, num_inference_steps=steps, **{**values, **changes})
 
 
-async def events_of(gang: Gang, a_job: Job) -> list[Event]:
-    return [event async for event in gang.run(a_job, {}, progress=True)]
+async def events_of(gang: Gang, a_job: Job, media: Media | None = None) -> list[Event]:
+    return [event async for event in gang.run(a_job, media or {}, progress=True)]
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,7 @@ async def gang() -> AsyncIterator[Gang]:
     args = ServerArgs(num_gpus=RANKS, device="cpu", dtype="fp32")
     bundles = [{"CPU": args.num_cpus_per_rank}] * RANKS
     placement_group = ray.util.placement_group(bundles)
+    await placement_group.ready()
     gang = Gang(args, placement_group)
     await gang.start()
     yield gang
@@ -71,8 +72,8 @@ async def test_a_late_stop_does_not_reach_the_next_job(gang: Gang) -> None:
 
 
 async def test_what_the_pipeline_refuses_is_an_invalid_job_and_breaks_nothing(gang: Gang) -> None:
-    with pytest.raises(InvalidJob):
-        await events_of(gang, job("no such image", task=Task.IMAGE_TO_VIDEO, images=("missing",)))
+    with pytest.raises(InvalidJob, match="Not a PNG"):
+        await events_of(gang, job("refused", task=Task.IMAGE_TO_VIDEO, images=("junk",)), {"junk": b"no picture"})
     assert isinstance((await events_of(gang, job("after a refusal")))[-1], Result)
 
 
