@@ -80,7 +80,7 @@ def load_model(args: ServerArgs, mesh: Mesh | None = None) -> Model:
             f"{model_index['_class_name']} cannot be sharded over {mesh.size} ranks: serve it on one (--num-gpus 1)"
         )
     leads = mesh is None or mesh.rank == 0
-    pipeline = load_pipeline(directory, dtype, without=() if leads else prompt_components(model_index))
+    pipeline = load_pipeline(directory, model_index, dtype, without=() if leads else prompt_components(model_index))
     if family is None:
         from pipelines.derived_family import derive_family
 
@@ -168,17 +168,24 @@ def prompt_components(model_index: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name, value in model_index.items() if isinstance(value, list) and value[0] == "transformers")
 
 
-def load_pipeline(directory: Path, dtype: torch.dtype, without: tuple[str, ...] = ()) -> DiffusionPipeline:
+def load_pipeline(
+    directory: Path, model_index: Mapping[str, Any], dtype: torch.dtype, without: tuple[str, ...] = ()
+) -> DiffusionPipeline:
     """Load onto the CPU every component but those named in `without`.
 
     Raises:
-        ValueError: the files do not fit together, with the first line of the library's reason.
+        ValueError: the pipeline is none of diffusers', or the files do not fit together, with the first line of the
+            library's reason.
     """
+    # The class itself and not DiffusionPipeline, which would not know its optional components and load them anyway.
+    pipeline_class = getattr(diffusers, model_index["_class_name"], None)
+    if pipeline_class is None:
+        raise ValueError(f"diffusers {diffusers.__version__} has no pipeline '{model_index['_class_name']}'")
     # Their bars would fill a server's log.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
-        return DiffusionPipeline.from_pretrained(directory, dtype=dtype, use_safetensors=True, **dict.fromkeys(without))
+        return pipeline_class.from_pretrained(directory, dtype=dtype, use_safetensors=True, **dict.fromkeys(without))
     # The libraries report broken files as OSError, ValueError, RuntimeError, KeyError, SafetensorError and more.
     except Exception as error:
         raise ValueError(f"The model in '{directory}' cannot be loaded: {first_line(error)}") from error

@@ -103,9 +103,8 @@ def test_progress_counts_over_all_outputs(z_image: Model) -> None:
 
 
 def test_prompts_are_encoded_once_per_job(z_image: Model) -> None:
-    with mock.patch.object(
-        type(z_image.pipeline.text_encoder), "forward", autospec=True, side_effect=type(z_image.pipeline.text_encoder).forward
-    ) as forward:
+    encoder = type(z_image.pipeline.text_encoder)
+    with mock.patch.object(encoder, "forward", autospec=True, side_effect=encoder.forward) as forward:
         events(z_image, Task.TEXT_TO_IMAGE, seeds=(1,), negative_prompt="dull", partial_images=1)
         once = forward.call_count
         forward.reset_mock()
@@ -185,8 +184,11 @@ def test_a_generation_leaves_nothing_for_the_cycle_collector(z_image: Model, fin
         gc.enable()
 
 
-def test_previews_are_spaced_evenly_and_approach_the_picture(wan: Model) -> None:
-    given = events(wan, Task.TEXT_TO_IMAGE, num_inference_steps=8, partial_images=3, output_format="webp", seeds=(1, 2))
+def test_previews_are_spaced_evenly_and_approach_the_picture(tiny_model: Load) -> None:
+    model = tiny_model("flux1")
+    given = events(
+        model, Task.TEXT_TO_IMAGE, num_inference_steps=8, partial_images=3, output_format="webp", seeds=(1, 2)
+    )
     kinds = [type(event) for event in given]
     assert [kinds[:i].count(Progress) + 1 for i, kind in enumerate(kinds) if kind is Preview] == [2, 4, 6]
     previews = [event for event in given if isinstance(event, Preview)]
@@ -200,11 +202,11 @@ def test_previews_are_spaced_evenly_and_approach_the_picture(wan: Model) -> None
 @pytest.mark.parametrize("name", ["wan2.1-t2v", "flux1", "sd3", "z-image", "flux2", "qwen-image"])
 def test_the_last_preview_resembles_the_picture(tiny_model: Load, name: str) -> None:
     model = tiny_model(name)
-    *_, preview, _, _, result = events(model, Task.TEXT_TO_IMAGE, num_inference_steps=8, partial_images=3)
-    assert isinstance(preview, Preview)
+    given = events(model, Task.TEXT_TO_IMAGE, num_inference_steps=8, partial_images=3)
+    preview, result = [event for event in given if isinstance(event, Preview)][-1], given[-1]
     near, far = pixels(preview.data), pixels(outputs(model, Task.TEXT_TO_IMAGE, seeds=(2,))[0])
     final = pixels(result.outputs[0].data)
-    assert np.corrcoef(near.ravel(), final.ravel())[0, 1] > 0.8 > np.corrcoef(far.ravel(), final.ravel())[0, 1]
+    assert np.corrcoef(near.ravel(), final.ravel())[0, 1] > 0.7 > np.corrcoef(far.ravel(), final.ravel())[0, 1]
 
 
 def test_previews_change_no_pixel(z_image: Model) -> None:
