@@ -217,7 +217,7 @@ class TestDeletion:
         def slow_put(storage: Storage, key: str, data: bytes) -> None:
             if key.startswith("videos/"):
                 writing.set()
-                go_on.wait()
+                go_on.wait(5)
             put(storage, key, data)
 
         monkeypatch.setattr(Storage, "put", slow_put)
@@ -352,6 +352,35 @@ def assert_never_goes_back(seen: list[Video]) -> None:
     assert positions == sorted(positions)
 
 
+LAST_WORDS = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from configs.server_args import ServerArgs
+from deployments.state import State
+from deployments.storage import Storage
+from pipelines.job import Job
+from tests.deployments.step_engine import StepEngine
+from tests.deployments.test_state import INPUTS
+
+args, job, prefix, folder = sys.argv[1:]
+put = Storage.put
+
+def put_and_die(storage, key, data):
+    put(storage, key, data)
+    if key.startswith(prefix):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+async def main():
+    Storage.put = put_and_die
+    state = State(ServerArgs.model_validate_json(args), lambda: StepEngine(Path(folder)))
+    await state.create_video(Job.model_validate_json(job), INPUTS, "wan")
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+"""A server that is killed as soon as it has written a file under a prefix."""
+
+
 class TestANewLife:
     async def test_goes_on_with_queued_and_running_videos_to_the_same_pixels(self, args, engine):
         state = State(args, lambda: engine)
@@ -412,6 +441,25 @@ class TestANewLife:
         state = State(args, lambda: engine)
         assert files(args) == VIDEO_1_FILES | {"videos/holiday.mp4"}
         assert state._jobs.unowned() == []
+        await state.close()
+
+    @pytest.mark.parametrize(("at", "left"), [("inputs/", 0), ("videos/", 1)])
+    async def test_after_a_kill_between_file_and_record_finds_no_file_too_many(self, args, engine, at, left):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", LAST_WORDS, args.model_dump_json(), a_job().model_dump_json(), at, str(engine.folder)
+        )
+        assert await process.wait() == -signal.SIGKILL
+        assert any(file.startswith(at) for file in files(args))
+
+        engine.allow("video_1", 0)
+        state = State(args, lambda: engine)
+        assert files(args) == {f"inputs/video_1-{name}" for name in INPUTS if left}
+        videos = (await state.list_videos(None, 10, "desc")).videos
+        assert [video.status for video in videos] == [VideoStatus.IN_PROGRESS] * left
+        engine.allow("video_1", 4)
+        await state.create_video(a_job(), INPUTS, "wan")  # the client had no answer, and asks again
+        assert (await finished(state)).status is VideoStatus.COMPLETED
+        await until(lambda: files(args) == VIDEO_1_FILES)
         await state.close()
 
     async def test_starts_though_the_sweep_cannot_delete(self, args, engine, monkeypatch):
