@@ -34,7 +34,7 @@ class Ingress:
         self.state = StateClient(state_actor(args, connect_engine))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return create_app(self.args, self.engine, self.state)
+        return create_app(self.args, self.engine, self.state, sends_request_id=False)
 
 
 def build(args: ServerArgs) -> Application:

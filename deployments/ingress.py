@@ -21,15 +21,20 @@ NOT_OFFERED = (
 """What OpenAI has beyond this server. Its clients retry a 501, so they are told 404."""
 
 
-def create_app(args: ServerArgs, engine: Engine, state: State) -> FastAPI:
-    """The application as an ASGI callable. It keeps nothing of its own between requests."""
+def create_app(args: ServerArgs, engine: Engine, state: State, *, sends_request_id: bool = True) -> FastAPI:
+    """The application as an ASGI callable. It keeps nothing of its own between requests.
+
+    Args:
+        sends_request_id: whether the application puts `x-request-id` on its answers. Ray Serve gives every request an
+            id before it arrives here and adds that to the answer itself; a second header would be joined to the first.
+    """
     app = FastAPI(
         title="ditserve",
         version="0.1.0",
         description="OpenAI's Images and Videos API and SGLang's LoRA management for diffusion transformers.",
     )
     app.state.services = Services(args, engine, state)
-    app.add_middleware(RequestMiddleware)
+    app.add_middleware(RequestMiddleware, sends_id=sends_request_id)
     error_responses.install(app)
     openapi.install(app)
     for router in (_not_offered(), images.router, videos.router, lora.router, models.router, health.router):

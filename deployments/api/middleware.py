@@ -18,10 +18,11 @@ _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 class RequestMiddleware:
-    """Gives the request an id (the client's own `x-request-id` where it has a sane one) and answers every failure."""
+    """Gives the request an id (its own `x-request-id` where that is a sane one) and answers every failure."""
 
-    def __init__(self, app: ASGIApp):
+    def __init__(self, app: ASGIApp, *, sends_id: bool):
         self.app = app
+        self.sends_id = sends_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -35,7 +36,8 @@ class RequestMiddleware:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id.get()
+                if self.sends_id:
+                    MutableHeaders(scope=message)["x-request-id"] = request_id.get()
             await send(message)
 
         try:
