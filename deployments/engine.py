@@ -22,12 +22,15 @@ from deployments.gang import Gang, GangBroken
 from deployments.propagation import Composition, Merged, follow
 from deployments.rank import JobFailed, Stopped
 from deployments.state import state_actor
-from pipelines.job import Event, Job, Media, Result
+from pipelines.job import Event, Job, Media, Progress, Result
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 2
 """A job whose gang broke is run once more on the rebuilt gang, then failed."""
+
+IDLE_CHECK_SECONDS = 2.0
+"""Between two looks at an idle gang; a look at four ranks takes 3 ms."""
 
 MAX_REBUILDS = 3
 """Failed rebuilds in a row after which the replica reports itself unhealthy, so that Serve replaces it."""
@@ -56,8 +59,7 @@ class Ticket:
 class Engine:
     """Runs jobs one at a time, in the order of their arrival, on a gang that it rebuilds when it breaks.
 
-    Constructed means ready: the constructor returns when every rank has loaded the model and the default adapter is
-    merged.
+    Constructed means ready: the constructor returns when every rank has loaded the model.
     """
 
     async def __init__(self, args: ServerArgs):  # type: ignore[misc] # Serve awaits it
@@ -72,7 +74,8 @@ class Engine:
         """First come, first served: a change of the default adapter waits for the running job, not for the queue."""
         self._failed_rebuilds = 0
         self._card = await self.gang.start()
-        self._tasks = [asyncio.create_task(self._work()), asyncio.create_task(self._follow_default_adapter())]
+        loops = (self._work(), self._watch_idle_gang(), self._follow_default_adapter())
+        self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     async def card(self) -> ModelCard:
         return self._card
@@ -94,7 +97,14 @@ class Engine:
             raise RuntimeError(f"{self._failed_rebuilds} rebuilds of the gang failed in a row")
 
     async def generate(self, job: Job, media: Media, progress: bool) -> AsyncIterator[Event]:
-        """Queue `job` and give its events; the last is its `Result`. Closing the iterator abandons the job."""
+        """Queue `job` and give its events: with `progress`, one when it begins, one per denoising step; last its
+        `Result`. Closing the iterator abandons the job.
+
+        Whoever asks for a job again (the state actor, after a crash) takes it over from whoever asked before.
+        """
+        for older in [*self.queue, *([self.running] if self.running else [])]:
+            if older.job.id == job.id:
+                self._abandon(older)
         ticket = Ticket(job, media, progress)
         async with self._queue_changed:
             self.queue.append(ticket)
@@ -138,6 +148,8 @@ class Engine:
             APIError: 500; it failed on the ranks, or broke the gang twice.
         """
         started = time.monotonic()
+        if ticket.progress:
+            ticket.events.put_nowait(Progress(0, ticket.job.num_inference_steps * len(ticket.job.seeds)))
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
                 await self._merge(ticket.job.lora)
@@ -157,6 +169,19 @@ class Engine:
                 if ticket.abandoned:
                     return
         raise APIError(500, f"The job broke its workers {MAX_ATTEMPTS} times: {reason}", code="worker_failed")
+
+    async def _watch_idle_gang(self) -> None:
+        """Replace a rank that dies while there is no job to notice it."""
+        while True:
+            await asyncio.sleep(IDLE_CHECK_SECONDS)
+            if self._gang_in_use.locked():
+                continue
+            async with self._gang_in_use:
+                try:
+                    await self.gang.ping()
+                except GangBroken as broken:
+                    logger.error("the idle gang broke: %s", broken)
+                    await self._rebuild()
 
     async def _rebuild(self) -> None:
         """Replace all ranks in the same placement group, trying until it works or Serve replaces the replica."""

@@ -51,10 +51,12 @@ class State:
         for video in self._jobs.unfinished():
             self._runner.start(video.job)
         self._adapters = AdapterRegistry(engine, cache_bytes=args.lora_cache_bytes, switch=args.lora_switch)
-        self._adapters_open = asyncio.create_task(self._open_adapters(args))
+        self._adapters_known = asyncio.create_task(self._recall_adapters())
+        self._adapters_open = asyncio.create_task(self._set_startup_adapter(args))
 
     async def close(self) -> None:
         """Stop working and let go of the files. The next `State` on the same paths goes on."""
+        self._adapters_known.cancel()
         self._adapters_open.cancel()
         await self._runner.stop_all()
         self._jobs.close()
@@ -101,11 +103,15 @@ class State:
     async def read(self, key: str, offset: int, length: int) -> bytes:
         return await self._content.read(key, offset, length)
 
-    async def _open_adapters(self, args: ServerArgs) -> None:
-        """Take up the adapters of an earlier life, then set the one the server was started with, if it is new."""
-        startup = [args.lora_nickname, args.lora_path, args.lora_scale]
+    async def _recall_adapters(self) -> None:
+        """Take up the adapters of an earlier life."""
         if known := self._jobs.noted("adapters"):
             await self._adapters.restore(known)
+
+    async def _set_startup_adapter(self, args: ServerArgs) -> None:
+        """Merge the adapter the server was started with, unless an earlier life with the same one already did."""
+        await self._adapters_known
+        startup = [args.lora_nickname, args.lora_path, args.lora_scale]
         if args.lora_path is None or self._jobs.noted("startup adapter") == startup:
             return
         await self._adapters.unmerge_lora()
@@ -121,24 +127,29 @@ class State:
         await asyncio.shield(self._adapters_open)
 
     async def set_lora(self, requests: Sequence[LoRARequest]) -> LoRAStatus:
+        await self._adapters_known
         status = await self._adapters.set_lora(requests)
         self._note_adapters()
         return status
 
     async def merge_lora(self, strength: float | None = None, target: tuple[str, ...] | None = None) -> LoRAStatus:
+        await self._adapters_known
         status = await self._adapters.merge_lora(strength, target)
         self._note_adapters()
         return status
 
     async def unmerge_lora(self, target: tuple[str, ...] | None = None) -> LoRAStatus:
+        await self._adapters_known
         status = await self._adapters.unmerge_lora(target)
         self._note_adapters()
         return status
 
     async def list_loras(self) -> LoRAStatus:
+        await self._adapters_known
         return await self._adapters.list_loras()
 
     async def lora_for_job(self, requests: Sequence[LoRARequest] | None) -> tuple[LoRASpec, ...]:
+        """With an adapter given at the start, jobs wait for it, or fail with the reason it cannot be merged."""
         await self.adapters_open()
         specs = await self._adapters.lora_for_job(requests)
         if requests is not None:
