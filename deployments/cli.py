@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, get_args, get_origin
 
@@ -15,6 +16,10 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from configs.server_args import ServerArgs
+from deployments.api.protocol.requests import VideoRequest
+from deployments.cluster import APPLICATION, PROXY_ENVIRONMENT, StartFailed, served
+from deployments.errors import APIError
+from deployments.generate import MODEL_FIELDS, SAMPLING_FIELDS, generate_files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_flags(serve)
     serve.add_argument("--print-config", action="store_true", help="print the equivalent serve_config.yaml and exit")
     serve.set_defaults(run=_serve)
+    generate = commands.add_parser(
+        "generate", help="make a picture or a clip without a server", formatter_class=_Formatter
+    )
+    add_flags(generate, only=MODEL_FIELDS)
+    for name in SAMPLING_FIELDS:
+        described = VideoRequest.model_fields[name].description
+        generate.add_argument(f"--{name.replace('_', '-')}", type=str, required=name == "prompt", help=described)
+    generate.add_argument("--image-path", type=Path, nargs="+", default=[], help="Input images.")
+    generate.add_argument(
+        "--output-path", type=Path, required=True, help="A file (.png, .webp, .jpg, .mp4) or a folder."
+    )
+    generate.set_defaults(run=_generate)
     arguments = vars(parser.parse_args(argv))
     run = arguments.pop("run")
     del arguments["command"]
@@ -33,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValidationError as error:
         print(f"ditserve: {_flag_errors(error)}", file=sys.stderr)
         return 2
+    except (StartFailed, APIError, ValueError, OSError) as error:
+        print(f"ditserve: {error}", file=sys.stderr)
+        return 1
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.MetavarTypeHelpFormatter):
@@ -74,8 +94,6 @@ def _flag_errors(error: ValidationError) -> str:
 
 
 def _serve(print_config: bool, **flags: Any) -> int:
-    from deployments.cluster import StartFailed, served
-
     args = ServerArgs(**flags)
     if print_config:
         print(serve_config(args), end="")
@@ -96,9 +114,6 @@ def _serve(print_config: bool, **flags: Any) -> int:
             print(_ready_line(args), flush=True)
             stop.wait()
             print("ditserve is stopping", flush=True)
-    except StartFailed as failed:
-        print(f"ditserve: {failed}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -108,11 +123,16 @@ def _ready_line(args: ServerArgs) -> str:
     return f"ditserve is ready: http://{args.host}:{args.port}/v1 (API page: /docs)"
 
 
+def _generate(output_path: Path, image_path: list[Path], **flags: Any) -> int:
+    fields = {name: flags.pop(name) for name in SAMPLING_FIELDS}
+    given = {name: value for name, value in fields.items() if value is not None}
+    for path in generate_files(ServerArgs(**flags), output_path, image_path, given):
+        print(path)
+    return 0
+
+
 def serve_config(args: ServerArgs) -> str:
     """The YAML with which `serve run` gives the same server."""
-    from deployments.clients import APPLICATION
-    from deployments.cluster import PROXY_ENVIRONMENT
-
     set_args = args.model_dump(exclude_defaults=True, exclude={"host", "port"})
     config = {
         "proxy_location": "HeadOnly",

@@ -15,11 +15,9 @@ from ray.serve.handle import DeploymentHandle
 
 from configs.model_family import ModelCard
 from deployments.adapters import LoadedAdapter
+from deployments.cluster import APPLICATION
 from deployments.errors import APIError
 from pipelines.job import Event, Job, Media
-
-APPLICATION = "ditserve"
-"""Name of the Serve application."""
 
 PATIENCE_SECONDS = 5.0
 """How long a question to the engine may wait before it counts as not ready. OpenAI's client gives up connecting

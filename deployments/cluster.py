@@ -12,6 +12,9 @@ from contextlib import ExitStack, contextmanager
 from configs.server_args import ServerArgs
 from deployments.errors import APIError
 
+APPLICATION = "ditserve"
+"""Name of the Serve application."""
+
 PROXY_ENVIRONMENT = {
     # HAProxy in front of the replicas: 0.9 ms a request against 3.9 ms through Serve's Python proxy.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -47,7 +50,6 @@ def served(args: ServerArgs) -> Iterator[None]:
         from ray import serve
 
         from deployments.app import build
-        from deployments.clients import APPLICATION
         from deployments.state import ACTOR_NAME, NAMESPACE, forget_state_actor
 
         joined = bool(os.environ.get("RAY_ADDRESS"))
