@@ -72,6 +72,8 @@ class Generation:
         self._arguments = call_arguments(type(pipeline), self.model.card.family, job, images, mask)
         if job.partial_images and self._leads and can_decode_latents(pipeline):
             self._estimate = DenoisedEstimate(pipeline.scheduler)
+        if self.model.guidance is not None:
+            self.model.guidance.attend(pipeline.scheduler)
         refuse_as_invalid_job(pipeline)
         pipeline.progress_bar = self._progress_bar
         encode_prompt = pipeline.encode_prompt

@@ -23,6 +23,7 @@ from pipelines.offload import place
 from pipelines.precision import dtype_name, resolve_device, resolve_dtype
 
 if TYPE_CHECKING:
+    from pipelines.parallel.guidance import Guidance
     from pipelines.parallel.mesh import Mesh
 
 TRANSFORMERS = ("transformer", "transformer_2", "unet")
@@ -40,6 +41,8 @@ class Model:
     transformers: Mapping[str, nn.Module]
     """What denoises, and what adapters are merged into, by name: `transformer`, and `transformer_2` of two experts."""
     mesh: Mesh | None
+    guidance: Guidance | None
+    """Of a gang whose halves compute one branch of guidance each."""
     device: torch.device
     dtype: torch.dtype
     rest_transformers: Callable[[], None]
@@ -87,7 +90,6 @@ def load_model(args: ServerArgs, mesh: Mesh | None = None) -> Model:
         family = derive_family(pipeline)
     modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
     transformers = {name: modules[name] for name in TRANSFORMERS if name in modules}
-    shard(transformers, args, mesh)
     return Model(
         card=ModelCard(
             id=args.served_model_name or args.model_path or "ditserve",
@@ -102,6 +104,7 @@ def load_model(args: ServerArgs, mesh: Mesh | None = None) -> Model:
         pipeline_classes={Task(task): getattr(diffusers, name) for task, name in family.tasks.items()},
         transformers=transformers,
         mesh=mesh,
+        guidance=shard(transformers, args, mesh),
         device=device,
         dtype=dtype,
         rest_transformers=place(modules, transformers, args, device),
@@ -191,24 +194,29 @@ def load_pipeline(
         raise ValueError(f"The model in '{directory}' cannot be loaded: {first_line(error)}") from error
 
 
-def shard(transformers: Mapping[str, nn.Module], args: ServerArgs, mesh: Mesh | None) -> None:
+def shard(transformers: Mapping[str, nn.Module], args: ServerArgs, mesh: Mesh | None) -> Guidance | None:
     """Choose the attention kernel, spread the transformers over the mesh, and compile them: in this order.
 
     Raises:
         ValueError: an option that this model, mesh or machine does not have.
     """
-    for transformer in transformers.values():
-        if args.attention_backend is not None:
+    guidance = None
+    if args.attention_backend is not None:
+        for transformer in transformers.values():
             set_attention_backend(transformer, args.attention_backend, mesh)
-        if mesh is not None:
-            from pipelines.parallel.cfg import share_guidance
-            from pipelines.parallel.sequence import shard_sequence
+    if mesh is not None:
+        from pipelines.parallel.guidance import share_guidance
+        from pipelines.parallel.sequence import shard_sequence
 
+        for transformer in transformers.values():
             shard_sequence(transformer, mesh)
-            share_guidance(transformer, mesh)
-        if args.enable_torch_compile:
+        if mesh.dims.cfg_degree > 1:
+            guidance = share_guidance(transformers.values(), mesh)
+    if args.enable_torch_compile:
+        for transformer in transformers.values():
             # Hooks on a block, of a sharded or streamed transformer, break the graph.
             compile_blocks(transformer, fullgraph=mesh is None and not args.dit_layerwise_offload)
+    return guidance
 
 
 def set_attention_backend(transformer: ModelMixin, name: str, mesh: Mesh | None) -> None:

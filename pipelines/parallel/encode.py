@@ -1,0 +1,69 @@
+"""`share_encodings`: rank 0 alone holds the encoders of prompts; the other ranks are sent what it makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import DiffusionPipeline
+from torch.utils._pytree import tree_map_only
+
+from pipelines.parallel.mesh import Mesh
+
+ENCODERS = ("encode_prompt", "encode_image")
+"""Methods of diffusers' pipelines through which all use of text and vision encoders goes."""
+
+
+def share_encodings(pipeline: DiffusionPipeline, mesh: Mesh) -> None:
+    """Let rank 0's `encode_prompt` (and `encode_image`, where there is one) answer for every rank of `mesh`.
+
+    The other ranks pass `None` for the encoders, tokenizers and their processors when they load the pipeline; all else
+    must be there. Each call is a collective: every rank makes it, in the same order. What it raises on rank 0 it raises
+    on every rank, so that no rank waits for one that has given up.
+    """
+    for name in ENCODERS:
+        if hasattr(pipeline, name):
+            setattr(pipeline, name, shared(getattr(pipeline, name), mesh))
+
+
+@dataclass(frozen=True)
+class Blank:
+    """Stands for a tensor in the object that travels ahead of the tensors."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Blank:
+        return cls(tensor.shape, tensor.dtype)
+
+
+def shared(encode: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`encode`, called on rank 0 only, with the same nested tuples, lists and tensors as its result everywhere."""
+
+    def shared_encode(*args: Any, **kwargs: Any) -> Any:
+        encoded, error = None, None
+        if mesh.rank == 0:
+            try:
+                encoded = encode(*args, **kwargs)
+            except Exception as failure:
+                error = failure
+        announced = [tree_map_only(torch.Tensor, Blank.of, encoded), error]
+        dist.broadcast_object_list(announced, group_src=0, group=mesh.control)
+        blanks, error = announced
+        if error is not None:
+            raise error
+        if mesh.rank != 0:
+            encoded = tree_map_only(Blank, lambda b: torch.empty(b.shape, dtype=b.dtype, device=mesh.device), blanks)
+
+        def from_rank_0(tensor: torch.Tensor) -> torch.Tensor:
+            tensor = tensor.contiguous()
+            dist.broadcast(tensor, group_src=0, group=mesh.group)
+            return tensor
+
+        return tree_map_only(torch.Tensor, from_rank_0, encoded)
+
+    return shared_encode
