@@ -43,7 +43,8 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     rest_transformers: Callable[[], None]
-    """To be called after a job's last denoising step: makes room for the decoder if the transformers are offloaded."""
+    """Sends offloaded transformers back to host memory: after a job's last step, to make room for the decoder, and
+    before an adapter is merged, which must edit the host tensors and not a copy."""
 
     def pipeline_for(self, task: Task) -> DiffusionPipeline:
         """A view for one job, made in milliseconds: the task's pipeline class over the shared modules, with a
