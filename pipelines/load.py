@@ -53,14 +53,18 @@ class Model:
         Raises:
             InvalidJob: the model cannot do this task.
         """
-        if task not in self.pipeline_classes:
-            raise InvalidJob(f"This model cannot do {task}; it can do {', '.join(self.pipeline_classes)}")
-        view = view_of(self.pipeline, self.pipeline_classes[task])
+        view = self.unshared_pipeline_for(task)
         if self.mesh is not None:
             from pipelines.parallel.encode import share_encodings
 
             share_encodings(view, self.mesh)
         return view
+
+    def unshared_pipeline_for(self, task: Task) -> DiffusionPipeline:
+        """The same for one rank alone: it encodes for itself, so it must be a rank that has encoders."""
+        if task not in self.pipeline_classes:
+            raise InvalidJob(f"This model cannot do {task}; it can do {', '.join(self.pipeline_classes)}")
+        return view_of(self.pipeline, self.pipeline_classes[task])
 
 
 def load_model(args: ServerArgs, mesh: Mesh | None = None) -> Model:
