@@ -43,7 +43,7 @@ class ServerArgs(BaseModel):
     )
     attention_backend: str | None = Field(
         None,
-        description="Local attention kernel of a single-rank gang, by its diffusers name (native, flash, sage, …).",
+        description="Attention kernel by its diffusers name (native, flash, sage, …). A ring has its own.",
     )
     enable_torch_compile: bool = Field(False, description="Compile the transformer's repeated blocks.")
     text_encoder_cpu_offload: bool = Field(False, description="Keep text encoders in host memory between uses.")

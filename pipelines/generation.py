@@ -118,7 +118,8 @@ class Generation:
     def _give_preview(self, estimate: DenoisedEstimate, step: int, due: list[int]) -> None:
         if step not in due:
             return
-        pipeline = self.model.pipeline_for(self.job.task)
+        # Unshared: the other ranks give no previews and would not meet this one in a collective.
+        pipeline = self.model.unshared_pipeline_for(self.job.task)
         pipeline.encode_prompt = recorded(pipeline.encode_prompt, self._encodings)
         pixels = decode_latents(pipeline, estimate.latents(), self._arguments)
         dismantle(pipeline)

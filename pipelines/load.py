@@ -46,7 +46,8 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     rest_transformers: Callable[[], None]
-    """To be called after a job's last denoising step: makes room for the decoder if the transformers are offloaded."""
+    """Sends offloaded transformers back to host memory: after a job's last step, to make room for the decoder, and
+    before an adapter is merged, which must edit the host tensors and not a copy."""
 
     def pipeline_for(self, task: Task) -> DiffusionPipeline:
         """A view for one job, made in milliseconds: the task's pipeline class over the shared modules, with a
@@ -55,14 +56,18 @@ class Model:
         Raises:
             InvalidJob: the model cannot do this task.
         """
-        if task not in self.pipeline_classes:
-            raise InvalidJob(f"This model cannot do {task}; it can do {', '.join(self.pipeline_classes)}")
-        view = view_of(self.pipeline, self.pipeline_classes[task])
+        view = self.unshared_pipeline_for(task)
         if self.mesh is not None:
             from pipelines.parallel.encode import share_encodings
 
             share_encodings(view, self.mesh)
         return view
+
+    def unshared_pipeline_for(self, task: Task) -> DiffusionPipeline:
+        """The same for one rank alone: it encodes for itself, so it must be a rank that has encoders."""
+        if task not in self.pipeline_classes:
+            raise InvalidJob(f"This model cannot do {task}; it can do {', '.join(self.pipeline_classes)}")
+        return view_of(self.pipeline, self.pipeline_classes[task])
 
 
 def load_model(args: ServerArgs, mesh: Mesh | None = None) -> Model:

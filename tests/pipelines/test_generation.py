@@ -161,7 +161,7 @@ def test_a_closed_generation_leaves_the_model_as_it_was(z_image: Model, steps_do
 def test_a_generation_leaves_nothing_for_the_cycle_collector(z_image: Model, finished: bool) -> None:
     """Latents and embeddings are freed by the end of the job, not whenever the collector comes round."""
     views: list[weakref.ref[Any]] = []
-    make_view = Model.pipeline_for
+    make_view = Model.unshared_pipeline_for
 
     def watched(model: Model, task: Task) -> Any:
         view = make_view(model, task)
@@ -171,7 +171,7 @@ def test_a_generation_leaves_nothing_for_the_cycle_collector(z_image: Model, fin
     gc.collect()
     gc.disable()
     try:
-        with mock.patch.object(Model, "pipeline_for", watched):
+        with mock.patch.object(Model, "unshared_pipeline_for", watched):
             generation: Iterator[Event] = generate(z_image, *make_job(z_image, Task.TEXT_TO_IMAGE, partial_images=1))
             next(generation)
             if finished:

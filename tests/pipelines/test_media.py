@@ -159,7 +159,7 @@ def png_header_claiming(width: int, height: int) -> bytes:
         (b"GET / HTTP/1.1", "Not a PNG"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "Not a PNG"),
         (saved(Image.new("RGB", (8, 8)), "BMP"), "Not a PNG"),
-        (saved(Image.fromarray(gradient(64, 64)), "PNG")[:150], "damaged"),
+        (saved(Image.effect_noise((64, 64), 80), "PNG")[:1000], "damaged"),
         (saved(Image.fromarray(gradient(64, 64)), "JPEG")[:-100], "damaged"),
         (png_header_claiming(5000, 5000), "at most 16777216"),
         (png_header_claiming(60000, 60000), "decompression bomb"),
