@@ -153,7 +153,7 @@ def test_no_sequence_of_merges_restores_and_failures_leaves_a_trace(seed: int, m
             now = bits(model)
             known = fresh.setdefault((names, target), now)
             assert all(torch.equal(now[key], known[key]) for key in now)
-    merger.restore()
+    merger.release()
     assert_same_bits(model, before)
     assert merger.num_bytes_held == 0
 
@@ -165,7 +165,6 @@ def test_a_failure_midway_leaves_the_base_weights(model: dict[str, nn.Module]) -
     with failing_at(9), pytest.raises(Injected):
         merger.merge([(factors(model, ADAPTERS["attention"]), 1.0, ALL)])
     assert_same_bits(model, before)
-    assert merger.num_bytes_held == 0
 
 
 @pytest.mark.parametrize(
@@ -220,11 +219,22 @@ def test_strength_zero_touches_nothing(model: dict[str, nn.Module]) -> None:
 
 def test_what_is_held_is_what_was_touched(model: dict[str, nn.Module]) -> None:
     merger = Merger(model)
-    adapter = factors(model, ADAPTERS["feed-forward"])
-    merger.merge([(factors(model, ADAPTERS["attention"]), 1.0, ALL)])
-    merger.merge([(adapter, 1.0, ALL)])
-    touched = [module.get_parameter(name) for module in model.values() for name in adapter.updates["transformer"]]
+    attention, overlapping = (factors(model, ADAPTERS[name]) for name in ("attention", "overlapping"))
+    for adapter in (attention, overlapping):
+        merger.merge([(adapter, 1.0, ALL)])
+    names = attention.updates["transformer"].keys() | overlapping.updates["transformer"].keys()
+    touched = [module.get_parameter(name) for module in model.values() for name in names]
     assert merger.num_bytes_held == sum(parameter.nbytes for parameter in touched)
+
+
+def test_restoring_writes_only_what_the_merge_touched(model: dict[str, nn.Module]) -> None:
+    merger = Merger(model)
+    for name in ("feed-forward", "attention"):
+        merger.merge([(factors(model, ADAPTERS[name]), 1.0, ALL)])
+    touched = factors(model, ADAPTERS["attention"]).updates["transformer"]
+    with mock.patch.object(merger, "_parameter", wraps=merger._parameter) as written:
+        merger.restore()
+    assert {parameter for ((_, parameter),) in (call.args for call in written.call_args_list)} == set(touched)
 
 
 def test_a_block_of_bytes_gives_the_same_factors_without_copying(model: dict[str, nn.Module]) -> None:
