@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,13 @@ def test_the_names_are_those_of_the_graph(application: dict[str, Any]) -> None:
     assert application["import_path"] == f"{app.__name__}:{app.build.__name__}"
     assert application["name"] == clients.APPLICATION
     assert [deployment["name"] for deployment in application["deployments"]] == ["Ingress", "Engine"]
+
+
+def test_serve_can_see_that_the_arguments_are_server_args() -> None:
+    from deployments.app import build
+
+    (parameter,) = inspect.signature(build).parameters.values()
+    assert parameter.annotation is ServerArgs
 
 
 def test_what_serve_is_told_of_the_engine_is_what_the_application_says_itself(application: dict[str, Any]) -> None:
