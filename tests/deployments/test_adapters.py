@@ -67,7 +67,7 @@ class EngineReplica:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(2):
-        while not condition():  # noqa: ASYNC110 (it depends on several tasks)
+        while not condition():
             await asyncio.sleep(0)
 
 
