@@ -8,16 +8,35 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from base64 import b64decode
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+from openai import AsyncOpenAI, OpenAI
 
 START_SECONDS = 180.0
 """Patience with a start on a loaded machine; a start in quiet takes 10 to 20 s."""
 
+ANSWER_SECONDS = 300.0
+"""Patience with one request."""
 
-@dataclass
+MARK = "DITSERVE_TEST_SERVER"
+"""Environment variable by which a server's processes are known, also when their parents have gone."""
+
+SMALL: Mapping[str, Any] = {"prompt": "a calico cat", "size": "64x64", "num_inference_steps": 2}
+"""A request that a CPU answers in a blink."""
+
+SHORT: Mapping[str, Any] = {**SMALL, "num_frames": 5}
+"""The same for a clip."""
+
+
+@dataclass(frozen=True)
 class Server:
     process: subprocess.Popen[bytes]
     port: int
@@ -27,6 +46,66 @@ class Server:
     def base_url(self) -> str:
         """Without the `/v1` that OpenAI's client wants."""
         return f"http://127.0.0.1:{self.port}"
+
+    @cached_property
+    def http(self) -> httpx2.Client:
+        return httpx2.Client(base_url=self.base_url, timeout=ANSWER_SECONDS)
+
+    def openai(self, *, strict: bool = True) -> OpenAI:
+        """OpenAI's client; a strict one raises for every answer that its models do not allow."""
+        return OpenAI(**self._openai_settings, _strict_response_validation=strict)
+
+    def async_openai(self) -> AsyncOpenAI:
+        return AsyncOpenAI(**self._openai_settings, _strict_response_validation=True)
+
+    @property
+    def _openai_settings(self) -> dict[str, Any]:
+        return {"base_url": f"{self.base_url}/v1", "api_key": "any", "max_retries": 0, "timeout": ANSWER_SECONDS}
+
+    def picture(self, **fields: Any) -> bytes:
+        """Make a small picture: the bytes of its PNG."""
+        answer = self.http.post("/v1/images/generations", json={**SMALL, **fields})
+        assert answer.status_code == 200, answer.text
+        return b64decode(answer.json()["data"][0]["b64_json"])
+
+    def create_video(self, **fields: Any) -> dict[str, Any]:
+        """Start a short clip: its object."""
+        answer = self.http.post("/v1/videos", json={**SHORT, **fields})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def video(self, video_id: str) -> dict[str, Any]:
+        answer = self.http.get(f"/v1/videos/{video_id}")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def wait_for_video(self, video_id: str, until: Callable[[dict[str, Any]], bool] | None = None) -> dict[str, Any]:
+        """The video's object when `until` is true of it; without `until`, when it is completed or failed."""
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while time.monotonic() < deadline:
+            video = self.video(video_id)
+            ended = video["status"] in ("completed", "failed")
+            if until(video) if until else ended:
+                return video
+            assert not ended, video
+            time.sleep(0.05)
+        raise TimeoutError(video)
+
+    def clip(self, **fields: Any) -> bytes:
+        """Make a short clip: the bytes of its MP4."""
+        video = self.wait_for_video(self.create_video(**fields)["id"])
+        assert video["status"] == "completed", video
+        return self.http.get(f"/v1/videos/{video['id']}/content").content
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process that the server has started, itself among them."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                alive = process.status() != psutil.STATUS_ZOMBIE
+                if alive and process.environ().get(MARK) == str(self.port):
+                    found.append(process)
+        return found
 
     def stop(self, signal_number: int = signal.SIGTERM, seconds: float = 60.0) -> int:
         """Send a signal and give the exit status."""
@@ -41,32 +120,55 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_server(folder: Path, *flags: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """Start `ditserve serve` with `flags`, wait for its ready line, and end it with SIGTERM."""
+def running_server(folder: Path, *flags: str) -> Iterator[Server]:
+    """Start `ditserve serve` with `flags`, wait for its ready line, and end it with SIGTERM.
+
+    A second server over the same folder goes on with the state of the first.
+    """
     port = free_port()
-    log = folder / f"server-{port}.log"
     command = [sys.executable, "-m", "deployments.cli", "serve", "--port", str(port)]
     command += ["--output-path", str(folder / "outputs"), "--state-path", str(folder / "jobs.sqlite3"), *flags]
+    with running(command, port, folder, lambda server: "ditserve is ready" in server.log.read_text()) as server:
+        yield server
+
+
+@contextmanager
+def running(
+    command: Sequence[str],
+    port: int,
+    folder: Path,
+    is_ready: Callable[[Server], bool],
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
+    """Run `command`, a server on `port` that logs into `folder`, from when it is ready; end it with SIGTERM."""
+    log = folder / f"server-{port}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1", **(environment or {})},
+            env={
+                **os.environ,
+                "RAY_AUTH_MODE": "disabled",
+                "HF_HUB_OFFLINE": "1",
+                MARK: str(port),
+                **(environment or {}),
+            },
         )
+    server = Server(process, port, log)
     try:
         deadline = time.monotonic() + START_SECONDS
-        while "ditserve is ready" not in log.read_text():
+        while not is_ready(server):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server did not start (status {process.poll()}):\n{log.read_text()}")
             time.sleep(0.1)
-        yield Server(process, port, log)
+        yield server
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
+        try:
+            if process.poll() is None:
+                server.stop()
+        finally:
+            for left in server.processes():
+                with suppress(psutil.NoSuchProcess):
+                    left.kill()

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager
 
-import httpx
+import httpx2
 import pytest
 
-from configs.server_args import ServerArgs
 from deployments.errors import APIError
-from deployments.ingress import create_app
-from pipelines.job import Event, InvalidJob, Job, Media, Progress
-from tests.deployments.api.conftest import IMAGES
-from tests.deployments.api.stand_in import StandInEngine, StandInState
+from pipelines.job import Event, InvalidJob, Job, Media, Progress, Task
+from tests.deployments.api.stand_in import StandInEngine, client_of
 
 
 class FailingEngine(StandInEngine):
     """Gives some steps, then raises."""
 
     def __init__(self, failure: Exception, steps: int = 0):
-        super().__init__(IMAGES)
+        super().__init__(Task.TEXT_TO_IMAGE)
         self._failure = failure
         self._steps = steps
 
@@ -34,12 +31,8 @@ class FailingEngine(StandInEngine):
         raise self._failure
 
 
-@asynccontextmanager
-async def client(failure: Exception, steps: int = 0) -> AsyncIterator[httpx.AsyncClient]:
-    engine = FailingEngine(failure, steps)
-    app = create_app(ServerArgs(), engine, StandInState(engine))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
-        yield http
+def client(failure: Exception, steps: int = 0) -> AbstractAsyncContextManager[httpx2.AsyncClient]:
+    return client_of(FailingEngine(failure, steps))
 
 
 FULL = APIError(429, "The queue is full", code="queue_full", headers={"Retry-After": "7"})
