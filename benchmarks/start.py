@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import httpx
+import httpx2
 import psutil
 
 from tests.e2e.server import running_server
@@ -51,7 +51,7 @@ def measure(ranks: int) -> tuple[float, float, float, float]:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         with running_server(Path(folder), "--num-gpus", str(ranks)) as server:
-            httpx.get(f"{server.base_url}/ready", timeout=60).raise_for_status()
+            httpx2.get(f"{server.base_url}/ready", timeout=60).raise_for_status()
             ready = time.perf_counter() - started
             time.sleep(5)
             tree = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]

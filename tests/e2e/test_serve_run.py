@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 import yaml
 
@@ -66,20 +66,20 @@ def base_url(folder: Path) -> Iterator[str]:
 
 def is_ready(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/ready", timeout=10).status_code == 200
-    except httpx.TransportError:
+        return httpx2.get(f"{url}/ready", timeout=10).status_code == 200
+    except httpx2.TransportError:
         return False
 
 
 def test_it_makes_pictures(base_url: str) -> None:
     body = {"prompt": "A calico cat", "size": "64x64", "num_inference_steps": 1}
-    answer = httpx.post(f"{base_url}/v1/images/generations", json=body, timeout=120)
+    answer = httpx2.post(f"{base_url}/v1/images/generations", json=body, timeout=120)
     assert answer.status_code == 200, answer.text
     assert answer.json()["size"] == "64x64"
 
 
 def test_it_keeps_its_state_where_it_was_started(base_url: str, folder: Path) -> None:
     body = {"prompt": "A calico cat", "size": "64x64", "num_inference_steps": 1, "num_frames": 1}
-    video = httpx.post(f"{base_url}/v1/videos", json=body, timeout=120).json()
-    assert httpx.get(f"{base_url}/v1/videos/{video['id']}", timeout=60).status_code == 200
+    video = httpx2.post(f"{base_url}/v1/videos", json=body, timeout=120).json()
+    assert httpx2.get(f"{base_url}/v1/videos/{video['id']}", timeout=60).status_code == 200
     assert (folder / "outputs" / "jobs.sqlite3").is_file()
