@@ -1,7 +1,7 @@
 """`build(args)`: the whole graph in one place. The command line, `serve run` and KubeRay all start from here."""
 
-# Without `from __future__ import annotations`: Serve validates the YAML's `args` as what `build`'s parameter is annotated
-# with, if that is a class and not its name.
+# Without `from __future__ import annotations`: Serve validates the YAML's `args` as what `build`'s parameter is
+# annotated with, if that is a class and not its name.
 
 from pathlib import Path
 from typing import Any
