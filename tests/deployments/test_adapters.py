@@ -78,7 +78,7 @@ class Server:
         self.files = Files()
         self.propagation = Propagation(poll_seconds=0.02, forget_seconds=0.1)
         self.registry = AdapterRegistry(
-            self.files, cache_bytes=cache_bytes, switch=switch, propagation=self.propagation
+            lambda: self.files, cache_bytes=cache_bytes, switch=switch, propagation=self.propagation
         )
         self.replicas: list[EngineReplica] = []
 
