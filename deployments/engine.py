@@ -224,7 +224,8 @@ class Engine:
             except GangBroken as broken:
                 failure = str(broken)
                 await self._rebuild()
-            except (ValueError, APIError) as error:
+            except Exception as error:
+                logger.exception("the default adapter cannot be merged")
                 failure = str(error)
             return Merged(self.gang.composition, failure, await self.gang.lora_bytes_held())
 

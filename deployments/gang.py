@@ -123,6 +123,7 @@ class Gang:
         Raises:
             ValueError: an adapter does not fit; what was merged before still is.
             GangBroken: the ranks no longer agree.
+            Exception: whatever else failed on every rank (no memory, say); nothing is merged now.
         """
         shared = ray.put(dict(factors))
         outcomes = await asyncio.gather(
@@ -131,10 +132,13 @@ class Gang:
         failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         if not failures:
             self.composition = composition
-        elif len(failures) < len(outcomes) or isinstance(failures[0], RayActorError):
+            return
+        if len(failures) < len(outcomes) or isinstance(failures[0], RayActorError):
             raise GangBroken(f"ranks differ after a merge: {_first_line(failures[0])}")
-        else:
-            raise failures[0].cause if isinstance(failures[0], RayTaskError) else failures[0]
+        cause = failures[0].cause if isinstance(failures[0], RayTaskError) else failures[0]
+        if not isinstance(cause, ValueError):
+            self.composition = ()  # a merge that fails midway leaves the base weights
+        raise cause
 
     async def identify_lora(self, path: str) -> str:
         """What lies at `path` on rank 0's node. Raises `ValueError` when it is no adapter."""

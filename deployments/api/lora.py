@@ -76,11 +76,12 @@ def _listing(status: LoRAStatus) -> LoRAList:
             replica: [AppliedLoRA(nickname=a.nickname, strength=a.strength, target=list(a.target)) for a in adapters]
             for replica, adapters in status.replicas.items()
         },
+        num_bytes_held=dict(status.num_bytes_held),
     )
 
 
 def _answer(message: str, status: LoRAStatus) -> LoRAAnswer:
-    return LoRAAnswer(message=message, **dict(_listing(status)))
+    return LoRAAnswer(message="; ".join((message, *status.notes)), **dict(_listing(status)))
 
 
 def _active(status: LoRAStatus) -> dict[str, ActiveAdapters]:

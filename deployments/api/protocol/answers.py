@@ -176,6 +176,8 @@ class LoRAList(Answer):
     replicas: dict[str, list[AppliedLoRA]] = Field(
         description="Extension: what is merged into the weights of each engine replica right now."
     )
+    num_bytes_held: dict[str, int]
+    """By replica: host memory with which each rank keeps the original weights, to restore them bit for bit."""
 
 
 class LoRAAnswer(LoRAList):
