@@ -18,6 +18,11 @@ APPLICATION = "ditserve"
 PROXY_ENVIRONMENT = {
     # HAProxy in front of the replicas: 0.9 ms a request against 3.9 ms through Serve's Python proxy.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # Serve lets HAProxy 2.8 splice request bodies. After that HAProxy no longer reads from the client, and a plain call
+    # goes on for one who has left: 36 of 40 leaves of an httpx client, which sends a body apart from its headers, went
+    # unnoticed, 0 of 40 without splicing (which costs 0.6 ms of CPU per uploaded MB). Serve has no setting for it, but
+    # copies the name of the balancing algorithm, by default `leastconn`, to the last line of HAProxy's `defaults`.
+    "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "leastconn\nno option splice-request",
     # The replicas' own ports: Serve's default range starts at 30000, which is this server's.
     "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": "31100",
     "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": "31200",

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from configs.server_args import ServerArgs
+from deployments.cluster import PROXY_ENVIRONMENT
 from tests.configs.strict_schema import validate
 
 REPOSITORY = Path(__file__).parents[2]
@@ -119,7 +120,8 @@ def test_every_pod_runs_haproxy_clear_of_the_servers_port(
 ) -> None:
     for pod in pods:
         variables = environment(pod)
-        assert variables["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+        for name in ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"):
+            assert variables[name] == PROXY_ENVIRONMENT[name]
         first = int(variables["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"])
         last = int(variables["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"])
         assert serve_config["http_options"]["port"] not in range(first, last + 1)
