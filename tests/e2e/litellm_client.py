@@ -1,6 +1,6 @@
 """Every call that LiteLLM has for pictures and videos, against the server at the given base URL.
 
-Runs in an environment of its own (LiteLLM needs another openai), so it prints what it got as JSON for the test to judge.
+Runs in an environment of its own (LiteLLM needs another openai), so it prints what it got as JSON for a test to judge.
 """
 
 from __future__ import annotations

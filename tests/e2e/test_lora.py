@@ -62,7 +62,9 @@ def test_the_example_of_switching_adapters_gives_three_different_pictures(
 
     curl(UNMERGE, server, adapters)
     assert server.picture(**SEED) == base
-    again = curl("""curl -X POST http://localhost:30010/v1/set_lora -d '{"lora_nickname": "lora_a"}'""", server, adapters)
+    again = curl(
+        """curl -X POST http://localhost:30010/v1/set_lora -d '{"lora_nickname": "lora_a"}'""", server, adapters
+    )
     assert again["status"] == "ok"
     assert server.picture(**SEED) == with_a
 
@@ -134,7 +136,8 @@ def bad_adapters(tmp_path: Path, adapters: tuple[str, str]) -> dict[str, Path]:
             {k.replace(layer, elsewhere): v for k, v in good.items()}, tmp_path / "flux.safetensors"
         ),
         "partly fitting": save(
-            {**good, **{k.replace("blocks.0", "blocks.99"): v for k, v in good.items()}}, tmp_path / "partly.safetensors"
+            {**good, **{k.replace("blocks.0", "blocks.99"): v for k, v in good.items()}},
+            tmp_path / "partly.safetensors",
         ),
         "not finite": save({k: v * float("nan") for k, v in good.items()}, tmp_path / "nan.safetensors"),
     }

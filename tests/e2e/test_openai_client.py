@@ -202,10 +202,7 @@ async def test_requests_at_the_same_time_are_answered_each_with_its_own(server: 
     async with server.async_openai() as client:
         body = {"num_inference_steps": 1}
         together = await asyncio.gather(
-            *(
-                client.images.generate(**{**PICTURE, "extra_body": {**body, "seed": seed}})
-                for seed in range(4)
-            )
+            *(client.images.generate(**{**PICTURE, "extra_body": {**body, "seed": seed}}) for seed in range(4))
         )
     for seed, answer in enumerate(together):
         assert decoded(answer.data[0].b64_json) == server.picture(num_inference_steps=1, seed=seed)
