@@ -138,6 +138,8 @@ def running(
     port: int,
     folder: Path,
     is_ready: Callable[[Server], bool],
+    *,
+    working_folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     """Run `command`, a server on `port` that logs into `folder`, from when it is ready; end it with SIGTERM."""
@@ -145,6 +147,7 @@ def running(
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
+            cwd=working_folder,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -92,3 +92,11 @@ async def test_readiness_says_what_is_wrong_while_the_server_is_alive() -> None:
         answer = await http.get("/ready")
     assert answer.status_code == 503
     assert answer.json()["error"]["message"] == "rank 2 does not answer"
+
+
+@pytest.mark.parametrize("strange", ["a b", "x" * 129, "<script>"])
+async def test_a_request_id_that_does_not_belong_into_a_log_is_replaced(strange: str) -> None:
+    async with client(RuntimeError()) as http:
+        answer = await http.post("/v1/images/generations", json={"prompt": "p"}, headers={"x-request-id": strange})
+    assert strange not in answer.text
+    assert answer.headers["x-request-id"] in answer.json()["error"]["message"]

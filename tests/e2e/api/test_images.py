@@ -14,12 +14,12 @@ from PIL import Image
 from tests.e2e.pictures import opened, picture, pixels
 from tests.e2e.server import SMALL, Server
 
-FAST = {"num_inference_steps": 1}
+FAST = {"num_inference_steps": 2}
 FORM = {name: str(value) for name, value in SMALL.items()}
 
 
 def small(**fields: Any) -> dict[str, Any]:
-    """Arguments of OpenAI's client for a picture of one step; what is no argument of its own goes into `extra_body`."""
+    """Arguments of OpenAI's client for a small picture; what is no argument of its own goes into `extra_body`."""
     return {"prompt": "p", "size": "64x64", "extra_body": {**FAST, **fields}}
 
 
