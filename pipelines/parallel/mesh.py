@@ -13,6 +13,9 @@ from configs.parallel import ParallelDims
 
 Group = dist.ProcessGroup
 
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Renamed in torch 2.13, which warns of the old name."""
+
 
 @dataclass(frozen=True)
 class Mesh:

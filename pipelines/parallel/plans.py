@@ -11,7 +11,7 @@ Names of modules are patterns, in which `*` stands for one part of the name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -35,6 +35,8 @@ class Region:
     """The attention modules within. All others see whole sequences."""
     output: str
     """The stream that is gathered."""
+    fill_text: bool = False
+    """Whether text of fewer tokens than ranks must be filled up: the transformer cannot compute on an empty shard."""
 
     @classmethod
     def from_diffusers(cls, transformer: ModelMixin, attention: Mapping[str, Streams]) -> Region:
@@ -79,7 +81,8 @@ def _flux(transformer: ModelMixin) -> tuple[Region, ...]:
 
 
 def _qwen_image(transformer: ModelMixin) -> tuple[Region, ...]:
-    return (Region.from_diffusers(transformer, {"transformer_blocks.*.attn": (TEXT, IMAGE)}),)
+    """Its rotary embedding of text reshapes by a size that is ambiguous for no tokens. An empty prompt has 6."""
+    return (replace(Region.from_diffusers(transformer, {"transformer_blocks.*.attn": (TEXT, IMAGE)}), fill_text=True),)
 
 
 _TOKENS = ContextParallelInput(split_dim=1, expected_dims=3)

@@ -11,6 +11,8 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models._modeling_parallel import ContextParallelInput
 from torch import Tensor, nn
@@ -43,6 +45,8 @@ def shard_sequence(transformer: nn.Module, mesh: Mesh) -> None:
         for pattern, gather in region.gathers.items():
             for module in _modules(transformer, pattern):
                 _hook(module, Gather(gather.gather_dim, sequences[(region.output,)]), f"gather {index} {pattern}")
+        if region.fill_text:
+            _hook(transformer, FillText(mesh), f"fill text {index}")
         for pattern, names in region.attention.items():
             for module in _modules(transformer, pattern):
                 attend_over_shards(module, sequences[names])
@@ -108,6 +112,25 @@ class Split(ModelHook):
         if value is None or value.dim() != split.expected_dims:
             return value
         return shard(value, split.split_dim, self.mesh)
+
+
+class FillText(ModelHook):
+    """Fills text of fewer tokens than ranks up with masked ones, so that no rank's shard is empty."""
+
+    def __init__(self, mesh: Mesh):
+        super().__init__()
+        self.ranks = mesh.dims.sp_degree
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        text = kwargs["encoder_hidden_states"]
+        missing = self.ranks - text.shape[1]
+        if missing > 0:
+            mask = kwargs["encoder_hidden_states_mask"]
+            if mask is None:
+                mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+            kwargs["encoder_hidden_states"] = F.pad(text, (0, 0, 0, missing))
+            kwargs["encoder_hidden_states_mask"] = F.pad(mask, (0, missing))
+        return args, kwargs
 
 
 class Gather(ModelHook):

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.parallel.mesh import Mesh
+from pipelines.parallel.mesh import Mesh, all_gather_single
 from pipelines.parallel.plans import Streams
 
 
@@ -79,7 +78,7 @@ class ShardedSequence:
         mine = x.movedim(dim, 0)
         mine = F.pad(mine, [0, 0] * (x.dim() - 1) + [0, longest - len(mine)]).contiguous()
         everyones = mine.new_empty(len(self.layout.lengths) * longest, *mine.shape[1:])
-        dist.all_gather_into_tensor(everyones, mine, group=self.mesh.sequence)
+        all_gather_single(everyones, mine, group=self.mesh.sequence)
         shards = zip(everyones.split(longest), self.layout.lengths, strict=True)
         return torch.cat([piece[:length] for piece, length in shards]).movedim(0, dim)
 
