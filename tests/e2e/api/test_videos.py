@@ -183,7 +183,7 @@ def test_further_clips_are_variants_by_number(server: Server, clip: str) -> None
 
 def test_a_download_offers_a_name_and_no_path(server: Server, clip: str) -> None:
     answer = server.http.get(f"/v1/videos/{clip}/content")
-    assert f"{clip}.mp4" in answer.headers["content-disposition"]
+    assert answer.headers["content-disposition"] == f"attachment; filename*=utf-8''{clip}-0.mp4"
     assert "/" not in answer.headers["etag"]
 
 
