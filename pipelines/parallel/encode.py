@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,7 @@ def shared(encode: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
             try:
                 encoded = encode(*args, **kwargs)
             except Exception as failure:
-                error = failure
+                error = portable(failure)
         announced = [tree_map_only(torch.Tensor, Blank.of, encoded), error]
         dist.broadcast_object_list(announced, group_src=0, group=mesh.control)
         blanks, error = announced
@@ -60,10 +61,20 @@ def shared(encode: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
             encoded = tree_map_only(Blank, lambda b: torch.empty(b.shape, dtype=b.dtype, device=mesh.device), blanks)
 
         def from_rank_0(tensor: torch.Tensor) -> torch.Tensor:
-            tensor = tensor.contiguous()
+            tensor = tensor.to(mesh.device).contiguous()
             dist.broadcast(tensor, group_src=0, group=mesh.group)
             return tensor
 
         return tree_map_only(torch.Tensor, from_rank_0, encoded)
 
     return shared_encode
+
+
+def portable(error: Exception) -> Exception:
+    """`error`, or its name and message in a RuntimeError if it cannot be pickled and made again: then the ranks that
+    wait for it would get none, or another."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
-from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
 
 from configs.server_args import ServerArgs
@@ -36,9 +34,7 @@ def tiny_model(tiny_model_path: Callable[[str], Path]) -> Callable[[str], Model]
 
 @pytest.fixture(autouse=True)
 def small_reference_images() -> Iterator[None]:
-    """Edit models bring their reference images to about a megapixel: seconds a step on a CPU."""
-    kontext_sizes = mock.patch.object(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(64, 64)])
-    with tiny_models.small_reference_images(), kontext_sizes:
+    with tiny_models.small_reference_images():
         yield
 
 

@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.flux import pipeline_flux_kontext
 from diffusers.pipelines.qwenimage import (
     pipeline_qwenimage_edit,
     pipeline_qwenimage_edit_inpaint,
@@ -74,11 +75,12 @@ def save(family_name: str, directory: Path | str) -> Path:
 
 @contextmanager
 def small_reference_images() -> Iterator[None]:
-    """Within it Qwen-Image-Edit enlarges its input images to 64x64 pixels, not to its fixed 1024x1024.
+    """Within it Qwen-Image-Edit and FLUX.1 Kontext bring their input images to 64x64 pixels, not to about 1024x1024.
 
     At those the VAE's middle attention alone, over 16384 positions, takes seconds on a CPU.
     """
     with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(64, 64)]))
         for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_inpaint, pipeline_qwenimage_edit_plus):
             full_size = module.calculate_dimensions
             patches.enter_context(
