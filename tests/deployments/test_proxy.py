@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import httpx
+import httpx2
 import pytest
 import pytest_asyncio
 from fastapi import FastAPI, Request
@@ -68,8 +68,8 @@ def port() -> Iterator[int]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def http(port: int) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+async def http(port: int) -> AsyncIterator[httpx2.AsyncClient]:
+    async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
         deadline = time.monotonic() + 30
         while (await client.get("/waiting")).status_code != 200:
             assert time.monotonic() < deadline, "HAProxy does not know the replica"
@@ -89,7 +89,7 @@ async def enter(port: int, client: int, body: bytes) -> asyncio.StreamWriter:
     return writer
 
 
-async def until_waiting(http: httpx.AsyncClient, clients: list[int], seconds: float) -> None:
+async def until_waiting(http: httpx2.AsyncClient, clients: list[int], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while (still := (await http.get("/waiting")).json()) != clients:
         assert time.monotonic() < deadline, f"after {seconds} s there wait {still}"
@@ -99,7 +99,7 @@ async def until_waiting(http: httpx.AsyncClient, clients: list[int], seconds: fl
 # Where HAProxy splices request bodies, all ten of the first two sizes are overlooked.
 @pytest.mark.parametrize("body_bytes", [100, 10_000, 1_000_000])
 async def test_everyone_who_leaves_is_noticed_within_a_second(
-    port: int, http: httpx.AsyncClient, body_bytes: int
+    port: int, http: httpx2.AsyncClient, body_bytes: int
 ) -> None:
     writers = await asyncio.gather(*(enter(port, client, b"." * body_bytes) for client in range(CLIENTS)))
     await until_waiting(http, list(range(CLIENTS)), seconds=30)
@@ -108,7 +108,7 @@ async def test_everyone_who_leaves_is_noticed_within_a_second(
     await until_waiting(http, [], SECONDS_TO_NOTICE)
 
 
-async def test_who_stays_is_not_disturbed_by_who_leaves(port: int, http: httpx.AsyncClient) -> None:
+async def test_who_stays_is_not_disturbed_by_who_leaves(port: int, http: httpx2.AsyncClient) -> None:
     staying, leaving = [await enter(port, client, b"{}") for client in range(2)]
     await until_waiting(http, [0, 1], seconds=30)
     leaving.close()
