@@ -6,6 +6,7 @@ import signal
 from collections.abc import AsyncIterator
 
 import pytest
+import pytest_asyncio
 import ray
 
 from configs.server_args import ServerArgs
@@ -27,7 +28,7 @@ async def events_of(gang: Gang, a_job: Job, media: Media | None = None) -> list[
     return [event async for event in gang.run(a_job, media or {}, progress=True)]
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def gang() -> AsyncIterator[Gang]:
     args = ServerArgs(num_gpus=RANKS, device="cpu", dtype="fp32")
     bundles = [{"CPU": args.num_cpus_per_rank}] * RANKS
