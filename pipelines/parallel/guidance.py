@@ -105,7 +105,7 @@ class HalfOfBatch(ModelHook):
         self._mesh = mesh
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any]:
-        batch = len(args[0] if args else kwargs["hidden_states"])
+        batch = len(args[0] if args else next(iter(kwargs.values())))  # the latents come first
         if batch % BRANCHES:
             return self.fn_ref.original_forward(*args, **kwargs)
         part = slice(*(batch // BRANCHES * (self._mesh.cfg_rank + end) for end in (0, 1)))
