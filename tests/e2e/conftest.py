@@ -9,7 +9,7 @@ from diffusers import WanTransformer3DModel
 from pipelines.bundled import model_directory
 from tests import tiny_models
 from tests.e2e.server import Server, running_server
-from tests.lora.adapters import save, train, with_prefix
+from tests.lora.adapters import Trained, save, train, with_prefix
 
 PUBLIC_URL = "https://pictures.example/base/"
 
@@ -40,12 +40,21 @@ def painter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Paths of two adapters for the bundled model: a file as trainers of diffusers write it, a folder as PEFT does."""
-    folder = tmp_path_factory.mktemp("adapters")
+def trained() -> list[Trained]:
+    """Two adapters for the bundled model, by PEFT."""
     transformer = WanTransformer3DModel.from_pretrained(model_directory() / "transformer")
-    first = train(transformer, ["to_q", "to_v"], r=4, seed=1)
-    second = train(transformer, ["to_k", "ffn.net.2"], r=2, lora_alpha=8, seed=2)
-    file = save(with_prefix("transformer.", first.state), folder / "first.safetensors")
-    second.peft_model.save_pretrained(folder / "second")
-    return str(file), str(folder / "second")
+    return [
+        train(transformer, ["to_q", "to_v"], r=4, lora_alpha=4, seed=1),
+        train(transformer, ["to_k", "ffn.net.2"], r=2, lora_alpha=2, seed=2),
+    ]
+
+
+@pytest.fixture(scope="session")
+def adapters(trained: list[Trained], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Paths of both, named as in the documents. All tests of `server` share them, and what nicknames stand for."""
+    folder = tmp_path_factory.mktemp("adapters")
+    first, second = (
+        save(with_prefix("transformer.", adapter.state), folder / f"{name}.safetensors")
+        for name, adapter in zip("AB", trained, strict=True)
+    )
+    return str(first), str(second)

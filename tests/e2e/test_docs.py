@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import save_file
 
-from pipelines.bundled import model_directory
 from tests.documentation import LANGUAGES, sections
 from tests.e2e.server import Server
-
-pytestmark = pytest.mark.e2e
 
 EXAMPLES = [
     pytest.param(document, title, language, id=f"{document}: {title} ({language})")
@@ -38,38 +32,22 @@ EXAMPLE_SECONDS = 300.0
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What the examples find where they run: a picture, and two adapters for the bundled model in `path/to`."""
+    """Where the examples run, with the picture that they send."""
     Image.radial_gradient("L").convert("RGB").save(tmp_path / "input.png")
-    adapters = tmp_path / "path" / "to"
-    adapters.mkdir(parents=True)
-    for seed, name in enumerate("AB"):
-        save_adapter(adapters / f"{name}.safetensors", seed)
     return tmp_path
 
 
-def save_adapter(path: Path, seed: int) -> None:
-    """A rank-2 adapter in PEFT's format for the queries of the bundled transformer's first block."""
-    config = json.loads((model_directory() / "transformer" / "config.json").read_text())
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    random = np.random.default_rng(seed)
-    layer = "transformer.blocks.0.attn1.to_q"
-    save_file(
-        {
-            f"{layer}.lora_A.weight": random.normal(0, 0.1, (2, width)).astype(np.float32),
-            f"{layer}.lora_B.weight": random.normal(0, 0.1, (width, 2)).astype(np.float32),
-        },
-        path,
-    )
-
-
 @pytest.mark.parametrize(("document", "title", "language"), EXAMPLES)
-def test_the_example_runs(document: str, title: str, language: str, server: Server, folder: Path) -> None:
+def test_the_example_runs(
+    document: str, title: str, language: str, server: Server, folder: Path, adapters: tuple[str, str]
+) -> None:
     documented = sections(document)
     program = documented[title].program(language)
     promised = set(PROMISED_FILE.findall(program)) - {"input.png"}
     if language == "python" and title != "Setup" and "Setup" in documented:
         program = f"{documented['Setup'].program(language)}\n{program}"
-    program = program.replace("http://localhost:30000", server.base_url).replace("/path/to/", f"{folder}/path/to/")
+    program = program.replace("http://localhost:30000", server.base_url)
+    program = program.replace("/path/to/", f"{Path(adapters[0]).parent}/")
     command = [sys.executable, "-"] if language == "python" else ["bash", "-euo", "pipefail", "-s"]
     done = subprocess.run(
         command,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.e2e.server import SMALL, Server
-from tests.lora.adapters import save
+from tests.lora.adapters import Trained, save
 
 SEED = {"seed": 7}
 
@@ -115,6 +115,15 @@ def test_a_request_has_its_own_adapter_whatever_is_merged(server: Server, adapte
     assert server.picture(lora={"nickname": "lora_a", "strength": 0.5}, **SEED) not in (base, with_a)
     assert server.picture(lora=["lora_a", "lora_b"], **SEED) not in (base, with_a, with_b)
     assert server.picture(**SEED) == with_b
+
+
+def test_a_folder_that_peft_saved_is_the_same_adapter_as_the_file(
+    server: Server, adapters: tuple[str, str], trained: list[Trained], tmp_path: Path
+) -> None:
+    trained[1].peft_model.save_pretrained(tmp_path / "saved")
+    assert server.picture(lora={"path": str(tmp_path / "saved")}, **SEED) == server.picture(
+        lora={"path": adapters[1]}, **SEED
+    )
 
 
 @pytest.fixture
