@@ -25,7 +25,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 SIZE = 4
-COLLECTIVE_TIMEOUT = timedelta(seconds=30)
+COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 """How long ranks wait for one that failed."""
 
 
