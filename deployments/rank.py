@@ -121,6 +121,8 @@ class Rank:
         from pipelines.generation import generate
 
         generation = generate(self.model, job, media)
+        # A stop may come before the job begins, or after the one it was meant for has ended.
+        self._stopped &= {job.id}
         try:
             for event in generation:
                 if isinstance(event, Progress) and self._agree(STOP if job.id in self._stopped else GO_ON) == STOP:
@@ -133,8 +135,7 @@ class Rank:
             raise JobFailed(f"{type(error).__name__}: {error}") from None
         finally:
             generation.close()
-            # A stop for this job that comes too late must not outlive it.
-            self._stopped.clear()
+            self._stopped.discard(job.id)
 
     def _agree(self, decision: int) -> int:
         return decision if self.mesh is None else self.mesh.agree(decision)
