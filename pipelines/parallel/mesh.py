@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import cast
 
 import torch
@@ -60,9 +61,18 @@ class Mesh:
             device_id=device if device.type == "cuda" else None,
         )
 
+        gang = cast(Group, dist.group.WORLD)
+
+        @cache
+        def group_of(rows: tuple[tuple[int, ...], ...]) -> Group:
+            return gang if len(rows) == 1 else dist.new_subgroups_by_enumeration(rows, timeout=timeout)[0]
+
         def group_along(ranks: torch.Tensor) -> Group:
-            """The group whose row of `ranks`, one group a row, holds this rank."""
-            return dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)[0]
+            """The group whose row of `ranks`, one group a row, holds this rank.
+
+            Axes with the same rows share it: over gloo each group has a thread that wakes 100 times a second.
+            """
+            return group_of(tuple(map(tuple, ranks.tolist())))
 
         # Plain groups rather than `init_device_mesh("cuda")`, which sets the device from LOCAL_RANK.
         mesh = torch.arange(dims.gang_size).view(dims.cfg_degree, dims.ring_degree, dims.ulysses_degree)
@@ -70,12 +80,12 @@ class Mesh:
             rank=rank,
             dims=dims,
             device=device,
-            group=cast(Group, dist.group.WORLD),
+            group=gang,
             sequence=group_along(mesh.flatten(1)),
             ulysses=group_along(mesh.flatten(0, 1)),
             ring=group_along(mesh.movedim(1, -1).flatten(0, 1)),
             cfg=group_along(mesh.movedim(0, -1).flatten(0, 1)),
-            control=dist.new_group(backend="gloo", timeout=timeout),
+            control=dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else gang,
         )
 
     @property
