@@ -67,6 +67,17 @@ class ServerArgs(BaseModel):
         4 * 2**30, ge=0, description="Host memory for loaded adapters; the least recently used go first."
     )
 
+    max_queue: int = Field(
+        256, ge=1, description="Pictures that may wait per engine replica, and videos that may be unfinished in all."
+    )
+    max_retries: int = Field(3, ge=0, description="How often a video is begun again after its workers died.")
+    job_timeout: float | None = Field(
+        None, gt=0, description="Seconds that a job may compute before it fails; waiting is not counted."
+    )
+    no_preemption: bool = Field(
+        False, description="Let a running video finish instead of giving way to pictures between two steps."
+    )
+
     output_path: str = Field("outputs", description="Where images and videos are kept: a folder or an fsspec URL.")
     state_path: str = Field("outputs/jobs.sqlite3", description="SQLite file that holds the video jobs.")
     num_cpus_per_rank: float = Field(

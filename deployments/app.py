@@ -77,7 +77,8 @@ def engine_options(args: ServerArgs) -> dict[str, Any]:
     bundles[0]["CPU"] += ENGINE_CPUS
     return {
         "num_replicas": args.dp_size,
-        "max_ongoing_requests": 1000,
+        # All that may wait here (pictures of its own, and every video), and what is asked besides.
+        "max_ongoing_requests": 2 * args.max_queue + 100,
         "ray_actor_options": {"num_cpus": ENGINE_CPUS},
         "placement_group_bundles": bundles,
         # Falls back to several nodes when no single one has room for the gang.

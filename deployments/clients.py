@@ -54,13 +54,22 @@ class EngineClient:
         await self._soon(self._handle.ready.remote())
 
     async def generate(self, job: Job, media: Media, *, progress: bool) -> AsyncGenerator[Event, None]:
-        events = self._streaming.generate.remote(job, dict(media), progress)
-        try:
-            with _plain_errors():
-                async for event in events:
-                    yield event
-        finally:
-            events.cancel()
+        """Should the engine's replica die before it gave an event, the job is computed once more by the next one."""
+        begun = retried = False
+        with _plain_errors():
+            while True:
+                events = self._streaming.generate.remote(job, dict(media), progress)
+                try:
+                    async for event in events:
+                        begun = True
+                        yield event
+                    return
+                except RayActorError:
+                    if begun or retried:
+                        raise
+                    retried = True
+                finally:
+                    events.cancel()
 
     async def identify_lora(self, path: str) -> str:
         with _plain_errors():

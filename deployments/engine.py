@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from ray import serve
 from ray.util.placement_group import get_current_placement_group
@@ -20,61 +20,42 @@ from deployments.clients import StateClient, connect_engine
 from deployments.errors import APIError
 from deployments.gang import Gang, GangBroken
 from deployments.propagation import Composition, Merged, follow
-from deployments.rank import JobFailed, Stopped
+from deployments.rank import JobFailed, Stopped, Suspended
+from deployments.schedule import Full, Schedule, Ticket
 from deployments.state import state_actor
 from pipelines.job import Event, Job, Media, Progress, Result
 
 logger = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 2
-"""A job whose gang broke is run once more on the rebuilt gang, then failed."""
-
-IDLE_CHECK_SECONDS = 2.0
-"""Between two looks at an idle gang; a look at four ranks takes 3 ms."""
+PICTURE_RETRIES = 1
+"""A picture whose gang broke is computed once more on the rebuilt gang, then failed: its client waits. A video has
+`max_retries`."""
 
 MAX_REBUILDS = 3
 """Failed rebuilds in a row after which the replica reports itself unhealthy, so that Serve replaces it."""
 
 
-@dataclass(eq=False)
-class Ticket:
-    """One job's place in the queue, and the channel on which its events reach whoever asked for it."""
-
-    job: Job
-    media: Media
-    progress: bool
-    events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
-    enqueued: float = field(default_factory=time.monotonic)
-    abandoned: bool = False
-    """Nobody waits for the job any more: it leaves the queue, or stops at its current step."""
-
-    async def next_event(self) -> Event:
-        """Raises what the job failed with."""
-        event = await self.events.get()
-        if isinstance(event, Exception):
-            raise event
-        return event
-
-
 class Engine:
-    """Runs jobs one at a time, in the order of their arrival, on a gang that it rebuilds when it breaks.
+    """Runs jobs one at a time, in the order of its `Schedule`, on a gang that it rebuilds when it breaks.
 
     Constructed means ready: the constructor returns when every rank has loaded the model.
     """
 
     async def __init__(self, args: ServerArgs):  # type: ignore[misc] # Serve awaits it
         logging.getLogger("deployments").setLevel(args.log_level.upper())
+        self.args = args
         self.gang = Gang(args, get_current_placement_group())
         self.state = StateClient(state_actor(args, connect_engine))
         self.replica_id = serve.get_replica_context().replica_id.unique_id
-        self.queue: deque[Ticket] = deque()
+        self.schedule = Schedule(args.max_queue, preemption=not args.no_preemption)
         self.running: Ticket | None = None
-        self._queue_changed = asyncio.Condition()
+        self._schedule_changed = asyncio.Condition()
         self._gang_in_use = asyncio.Lock()
         """First come, first served: a change of the default adapter waits for the running job, not for the queue."""
         self._failed_rebuilds = 0
+        self._seconds_per_picture = 1.0
         self._card = await self.gang.start()
-        loops = (self._work(), self._watch_idle_gang(), self._follow_default_adapter())
+        loops = (self._work(), self._heal_idle_gang(), self._follow_default_adapter())
         self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     async def card(self) -> ModelCard:
@@ -87,6 +68,8 @@ class Engine:
             APIError: 503; the gang is being rebuilt.
         """
         try:
+            if not self.gang.loaded:
+                raise GangBroken("they load the model")
             await self.gang.ping()
         except GangBroken as broken:
             raise APIError(503, f"The engine is replacing its workers: {broken}", code="not_ready") from None
@@ -101,90 +84,154 @@ class Engine:
         `Result`. Closing the iterator abandons the job.
 
         Whoever asks for a job again (the state actor, after a crash) takes it over from whoever asked before.
+
+        Raises:
+            APIError: 429, no further picture may wait; 504, its time is up; 500, it failed.
+            InvalidJob: the pipeline refused it.
         """
-        for older in [*self.queue, *([self.running] if self.running else [])]:
+        for older in [*self.schedule, *([self.running] if self.running else [])]:
             if older.job.id == job.id:
                 self._abandon(older)
         ticket = Ticket(job, media, progress)
-        async with self._queue_changed:
-            self.queue.append(ticket)
-            self._queue_changed.notify()
+        await self._enqueue(ticket)
         try:
-            while not isinstance(event := await ticket.next_event(), Result):
+            with self._time_limit(ticket, job.timeout):
+                while not isinstance(event := await ticket.next_event(), Result):
+                    yield event
                 yield event
-            yield event
         except (GeneratorExit, asyncio.CancelledError):
             self._abandon(ticket)
             raise
 
+    async def _enqueue(self, ticket: Ticket) -> None:
+        async with self._schedule_changed:
+            try:
+                self.schedule.add(ticket)
+            except Full:
+                wait = math.ceil(min(60, len(self.schedule) * self._seconds_per_picture))
+                raise APIError(
+                    429,
+                    f"{self.args.max_queue} pictures wait already; try again in {wait} s.",
+                    code="queue_full",
+                    headers={"Retry-After": str(wait)},
+                ) from None
+            self._schedule_changed.notify()
+        self._let_pictures_pass()
+
+    def _let_pictures_pass(self) -> None:
+        if self.running is not None and self.schedule.should_give_way(self.running):
+            self.gang.suspend(self.running.job.id)
+
+    @contextmanager
+    def _time_limit(self, ticket: Ticket, seconds: float | None) -> Iterator[None]:
+        """Fail a job that is not through the body in time, and free the ranks within a step. None: no limit."""
+
+        def expire() -> None:
+            message = f"The job was not done within its {seconds:g} s"
+            ticket.events.put_nowait(APIError(504, message, code="timeout", headers={"x-should-retry": "false"}))
+            self._abandon(ticket)
+
+        timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, expire)
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+
     def _abandon(self, ticket: Ticket) -> None:
+        """Nobody waits for the job any more."""
         ticket.abandoned = True
         if ticket is self.running:
             self.gang.stop(ticket.job.id)
-        elif ticket in self.queue:
-            self.queue.remove(ticket)
+        elif ticket in self.schedule:
+            self.schedule.remove(ticket)
+            if ticket.suspended:
+                self.gang.discard(ticket.job.id)
 
     async def _work(self) -> None:
-        """Take the oldest job, run it, take the next."""
+        """Take the next job, give it its turn, take the next."""
         while True:
-            async with self._queue_changed:
-                await self._queue_changed.wait_for(lambda: self.queue)
+            async with self._schedule_changed:
+                await self._schedule_changed.wait_for(lambda: len(self.schedule))
             async with self._gang_in_use:
-                if not self.queue:  # abandoned while the adapter changed
+                if not len(self.schedule):  # abandoned while the adapter changed
                     continue
-                self.running = self.queue.popleft()
+                self.running = self.schedule.take(self.gang.composition)
                 try:
-                    await self._run(self.running)
+                    await self._turn(self.running)
+                except Suspended:
+                    self.schedule.give_back(self.running)
+                except Stopped:
+                    pass
                 except Exception as error:
                     self.running.events.put_nowait(error)
+                    if self.running.suspended:  # its adapters could not be merged again
+                        self.gang.discard(self.running.job.id)
                 finally:
                     self.running = None
 
-    async def _run(self, ticket: Ticket) -> None:
-        """Run a job, once more if the gang breaks under it.
+    async def _turn(self, ticket: Ticket) -> None:
+        """Run a job until it ends or gives way, again from its first step if the gang breaks under it.
 
         Raises:
+            Suspended: it gave way to a picture.
+            Stopped: nobody waits for it any more.
             InvalidJob: the pipeline refuses the job.
-            APIError: 500; it failed on the ranks, or broke the gang twice.
+            APIError: 500; it failed on the ranks, or broke the gang too often.
         """
-        started = time.monotonic()
-        if ticket.progress:
-            ticket.events.put_nowait(Progress(0, ticket.job.num_inference_steps * len(ticket.job.seeds)))
-        for attempt in range(1, MAX_ATTEMPTS + 1):
+        retries = self.args.max_retries if ticket.is_video else PICTURE_RETRIES
+        while True:
             try:
                 await self._merge(ticket.job.lora)
-                async for event in self.gang.run(ticket.job, ticket.media, ticket.progress):
-                    if isinstance(event, Result):
-                        event = replace(event, seconds={"queue": started - ticket.enqueued, **event.seconds})
-                    ticket.events.put_nowait(event)
-                return
-            except Stopped:
+                await self._compute(ticket)
                 return
             except JobFailed as failed:
                 raise APIError(500, f"The generation failed: {failed}", code="generation_failed") from None
             except GangBroken as broken:
-                logger.error("the gang broke in job %s, attempt %d: %s", ticket.job.id, attempt, broken)
-                reason = str(broken)
+                ticket.breaks += 1
+                logger.error("the gang broke in job %s for the %d. time: %s", ticket.job.id, ticket.breaks, broken)
                 await self._rebuild()
                 if ticket.abandoned:
-                    return
-        raise APIError(500, f"The job broke its workers {MAX_ATTEMPTS} times: {reason}", code="worker_failed")
+                    raise Stopped(ticket.job.id) from None
+                if ticket.breaks > retries:
+                    message = f"The job broke its workers {ticket.breaks} times: {broken}"
+                    raise APIError(500, message, code="worker_failed") from None
 
-    async def _watch_idle_gang(self) -> None:
-        """Replace a rank that dies while there is no job to notice it."""
+    async def _compute(self, ticket: Ticket) -> None:
+        """One turn on a whole gang: the job's events, as `Gang.run` gives them."""
+        started = time.monotonic()
+        if ticket.progress and not ticket.suspended:
+            ticket.events.put_nowait(Progress(0, ticket.job.num_inference_steps * len(ticket.job.seeds)))
+        ticket.suspended = False
+        self._let_pictures_pass()
+        try:
+            with self._time_limit(ticket, self._seconds_left(ticket)):
+                async for event in self.gang.run(ticket.job, ticket.media, ticket.progress):
+                    if isinstance(event, Result):
+                        event = replace(event, seconds={"queue": ticket.seconds_waited, **event.seconds})
+                    ticket.events.put_nowait(event)
+        finally:
+            ticket.seconds_run += time.monotonic() - started
+        if not ticket.is_video:
+            self._seconds_per_picture += 0.2 * (ticket.seconds_run - self._seconds_per_picture)
+
+    def _seconds_left(self, ticket: Ticket) -> float | None:
+        return None if self.args.job_timeout is None else max(0.0, self.args.job_timeout - ticket.seconds_run)
+
+    async def _heal_idle_gang(self) -> None:
+        """Replace the gang when it breaks while there is no job to notice it."""
         while True:
-            await asyncio.sleep(IDLE_CHECK_SECONDS)
-            if self._gang_in_use.locked():
-                continue
+            await self.gang.lost()
             async with self._gang_in_use:
-                try:
-                    await self.gang.ping()
-                except GangBroken as broken:
-                    logger.error("the idle gang broke: %s", broken)
+                if self.gang.is_lost:
+                    logger.error("the idle gang broke")
                     await self._rebuild()
 
     async def _rebuild(self) -> None:
-        """Replace all ranks in the same placement group, trying until it works or Serve replaces the replica."""
+        """Replace all ranks in the same placement group, trying until it works or Serve replaces the replica. Jobs
+        that had given way begin again at their first step."""
+        for ticket in self.schedule:
+            ticket.suspended = False
         while True:
             self.gang.kill()
             try:
@@ -217,6 +264,8 @@ class Engine:
                 await asyncio.sleep(1)
 
     async def _merge_default(self, composition: Composition) -> Merged:
+        if self.running is not None and self.running.is_video and not self.args.no_preemption:
+            self.gang.suspend(self.running.job.id)  # `set_lora` waits for a step of a long video, not for all of it
         async with self._gang_in_use:
             failure = None
             try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
@@ -25,13 +25,22 @@ AGREEMENT_SECONDS = 10.0
 """How long the other ranks get to end a job after one of them has. They leave the same step together; longer means
 that one of them is stuck in a collective whose peers have gone."""
 
+PING_SECONDS = 2.0
+"""Between two looks at the ranks; a look at four of them takes 3 ms."""
+
+HANG_SECONDS = 15.0
+"""How long a rank may leave a ping unanswered: a process that is stopped, or a machine that is gone. A thread of its
+own answers, so a rank that computes is not late; one beside 30 busy processes on two cores is, by a second or two."""
+
+T = TypeVar("T")
+
 
 class GangBroken(Exception):
     """A rank died, hung, or left the others: all of them must be replaced."""
 
 
 class Gang:
-    """Spawns the ranks and runs one thing at a time on all of them."""
+    """Spawns the ranks, runs one thing at a time on all of them, and notices when one of them is lost."""
 
     def __init__(self, args: ServerArgs, placement_group: PlacementGroup):
         self.args = args
@@ -39,18 +48,28 @@ class Gang:
         self.ranks: list[Any] = []
         self.composition: tuple[LoRASpec, ...] = ()
         """The adapters merged into the weights of every rank."""
+        self.loaded = False
+        """Whether every rank has the model."""
+        self._watch: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Ends with `GangBroken`, when a rank is lost."""
 
     async def start(self) -> ModelCard:
         """Spawn all ranks and load the model on them, at the same time.
 
         Raises:
             ValueError: the model cannot be loaded or sharded; the message is for the user.
-            GangBroken: a rank died while loading.
+            GangBroken: a rank was lost while loading.
         """
         places = self._bundles_by_node()
         nodes = [node for _, node in places]
         self.ranks = [self._spawn(rank, bundle, nodes.count(node)) for rank, (bundle, node) in enumerate(places)]
         self.composition = ()
+        self._watch = asyncio.ensure_future(self._watch_ranks())
+        card = await self._unless_lost(self._load())
+        self.loaded = True
+        return card
+
+    async def _load(self) -> ModelCard:
         try:
             init_method = await self.ranks[0].rendezvous.remote() if len(self.ranks) > 1 else None
             cards = await asyncio.gather(*[rank.load.remote(init_method) for rank in self.ranks])
@@ -59,6 +78,30 @@ class Gang:
         except RayTaskError as error:
             raise error.cause from None
         return cards[0]
+
+    async def _watch_ranks(self) -> None:
+        """Look at the ranks until one is lost. Raises `GangBroken`."""
+        await self._answers()  # their processes start, which may take any time
+        while True:
+            await self.ping()
+            await asyncio.sleep(PING_SECONDS)
+
+    async def _unless_lost(self, work: Awaitable[T]) -> T:
+        """What `work` gives, or `GangBroken` as soon as a rank is lost: those that wait for it would wait for long."""
+        task = asyncio.ensure_future(work)
+        await asyncio.wait((task, self._watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            self._watch.result()
+        return task.result()
+
+    async def lost(self) -> None:
+        """Return once a rank is lost, or the gang is killed."""
+        await asyncio.wait((self._watch,))
+
+    @property
+    def is_lost(self) -> bool:
+        return self._watch.done()
 
     def _bundles_by_node(self) -> list[tuple[int, str]]:
         """Bundle indices with their nodes, ranks of one node next to each other (Ulysses neighbours exchange most)."""
@@ -71,16 +114,18 @@ class Gang:
             "num_cpus": self.args.num_cpus_per_rank,
             "num_gpus": 1 if self.args.device == "cuda" else 0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self.placement_group, bundle),
-            "concurrency_groups": {"control": 2},
+            "concurrency_groups": {"control": 2, "health": 1},
         }
         return ray.remote(**options)(Rank).remote(self.args, rank, ranks_on_node)
 
     async def run(self, job: Job, media: Media, progress: bool) -> AsyncIterator[Event]:
-        """Run `job` on every rank and give rank 0's events.
+        """Run `job` on every rank, or go on with it if it was suspended, and give rank 0's events.
 
         Raises:
             Stopped: `stop` was called.
+            Suspended: `suspend` was called.
             InvalidJob: the pipeline refused the job, on every rank alike.
+            JobFailed: the pipeline failed, on every rank alike.
             GangBroken: the ranks must be replaced.
         """
         shared = ray.put(dict(media)) if media else {}
@@ -88,9 +133,7 @@ class Gang:
         leader = self.ranks[0].lead.options(num_returns="streaming").remote(job, shared, progress)
         try:
             while True:
-                arriving = asyncio.ensure_future(_result(anext(leader)))
-                await _first_failure(arriving, followers)
-                event = arriving.result()
+                event = await self._unless_left(_result(anext(leader)), followers)
                 yield event
                 if isinstance(event, Result):
                     break
@@ -101,6 +144,31 @@ class Gang:
             # The ranks act alike, so each of them ends with this error; one that does not is stuck.
             await self._all_end(followers)
             raise error.cause from None
+        finally:
+            for follower in followers:
+                follower.cancel()
+
+    async def _unless_left(self, work: Awaitable[T], followers: Sequence[asyncio.Future[Any]]) -> T:
+        """What rank 0 gives next, or `GangBroken` when another rank is lost or has failed alone."""
+        arriving = asyncio.ensure_future(work)
+        try:
+            while not arriving.done():
+                failures = [error for each in followers if each.done() and (error := each.exception())]
+                if dead := next((error for error in failures if isinstance(error, RayActorError)), None):
+                    raise dead
+                running: list[asyncio.Future[Any]] = [each for each in followers if not each.done()]
+                done, _ = await asyncio.wait(
+                    [arriving, self._watch, *running],
+                    timeout=AGREEMENT_SECONDS if failures else None,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if not done:
+                    raise GangBroken(f"a rank failed alone: {_first_line(failures[0])}")
+                if self._watch in done and not arriving.done():
+                    self._watch.result()
+            return arriving.result()
+        finally:
+            arriving.cancel()
 
     async def _all_end(self, followers: Sequence[asyncio.Future[Any]]) -> None:
         if not followers:
@@ -117,6 +185,15 @@ class Gang:
         """End the running job at its current step; `run` then raises `Stopped`."""
         self.ranks[0].stop.remote(job_id)
 
+    def suspend(self, job_id: str) -> None:
+        """Put the running job aside after its current step; `run` then raises `Suspended`, and called again goes on."""
+        self.ranks[0].suspend.remote(job_id)
+
+    def discard(self, job_id: str) -> None:
+        """Forget a suspended job. What runs next comes after it: calls of one caller arrive in order."""
+        for rank in self.ranks:
+            rank.discard.remote(job_id)
+
     async def merge(self, composition: tuple[LoRASpec, ...], factors: Mapping[str, bytes]) -> None:
         """Merge `composition` into the weights of every rank, or of none.
 
@@ -126,9 +203,8 @@ class Gang:
             Exception: whatever else failed on every rank (no memory, say); nothing is merged now.
         """
         shared = ray.put(dict(factors))
-        outcomes = await asyncio.gather(
-            *[_result(rank.merge.remote(composition, shared)) for rank in self.ranks], return_exceptions=True
-        )
+        merging = [_result(rank.merge.remote(composition, shared)) for rank in self.ranks]
+        outcomes = await self._unless_lost(asyncio.gather(*merging, return_exceptions=True))
         failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         if not failures:
             self.composition = composition
@@ -163,7 +239,13 @@ class Gang:
             ) from None
 
     async def ping(self) -> None:
-        """Return once every rank has answered. Raises `GangBroken` when one is dead."""
+        """Return once every rank has answered. Raises `GangBroken` when one is dead or hangs."""
+        try:
+            await asyncio.wait_for(self._answers(), HANG_SECONDS)
+        except TimeoutError:
+            raise GangBroken(f"a rank has not answered for {HANG_SECONDS:.0f} s") from None
+
+    async def _answers(self) -> None:
         try:
             await asyncio.gather(*[rank.ping.remote() for rank in self.ranks])
         except RayActorError as error:
@@ -171,6 +253,8 @@ class Gang:
 
     def kill(self) -> None:
         """End every rank at once."""
+        self.loaded = False
+        self._watch.cancel()
         for rank in self.ranks:
             ray.kill(rank)
         self.ranks = []
@@ -180,17 +264,6 @@ async def _result(reference: Any) -> Any:
     """The value of an object reference, or of the reference that an awaitable gives."""
     value = await reference
     return await value if isinstance(value, ray.ObjectRef) else value
-
-
-async def _first_failure(arriving: asyncio.Future[Any], followers: Sequence[asyncio.Future[Any]]) -> None:
-    """Wait for rank 0's next event, but no longer than until a follower dies."""
-    waiting = {arriving, *(follower for follower in followers if not follower.done())}
-    while not arriving.done():
-        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        for follower in done - {arriving}:
-            if isinstance(follower.exception(), RayActorError):
-                arriving.cancel()
-                raise follower.exception()  # type: ignore[misc]
 
 
 def _first_line(error: BaseException) -> str:

@@ -46,6 +46,10 @@ class Video:
     timings: Mapping[str, float] = field(default_factory=dict)
     """Seconds by stage (queue, encode, denoise, decode, media) of a completed job."""
 
+    @property
+    def finished(self) -> bool:
+        return self.status in (VideoStatus.COMPLETED, VideoStatus.FAILED)
+
 
 @dataclass(frozen=True)
 class VideoPage:
@@ -110,7 +114,8 @@ class Engine(Protocol):
         """The served model. Raises `APIError` 503 while it still loads."""
 
     def generate(self, job: Job, media: Media, *, progress: bool) -> AsyncGenerator[Event, None]:
-        """Compute `job`; the last event is its `Result`. With `progress`, every step gives a `Progress` too.
+        """Compute `job`; the last event is its `Result`. With `progress`, every step gives a `Progress` too, after
+        one of step 0 when the computation begins (again, should the ranks have died).
 
         Closing the iterator (or cancelling the task that reads it) frees the ranks within one denoising step.
         Raises `InvalidJob` for what only the pipeline itself could refuse.
@@ -124,11 +129,17 @@ class State(Protocol):
     """Remembers. Any method may raise `APIError`: 404 for an unknown id, for instance."""
 
     async def create_video(self, job: Job, media: Media, model: str, idempotency_key: str | None = None) -> Video:
-        """Persist a job as queued and see that it runs. The same idempotency key gives the same video."""
+        """Persist a job as queued and see that it runs. The same idempotency key gives the same video.
+
+        Raises `APIError` 429 when too many are unfinished.
+        """
 
     async def get_video(self, video_id: str) -> Video: ...
 
     async def list_videos(self, after: str | None, limit: int, order: Literal["asc", "desc"]) -> VideoPage: ...
+
+    async def cancel_video(self, video_id: str) -> Video:
+        """Stop the job if it is queued or running; it is then failed, with code `cancelled`. A finished one stays."""
 
     async def delete_video(self, video_id: str) -> None:
         """Stop the job if it is queued or running; delete its record and its files."""

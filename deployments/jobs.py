@@ -148,6 +148,11 @@ class JobStore:
         )
         return [_video(row) for row in rows]
 
+    def count_unfinished(self) -> int:
+        return self._connection.execute(
+            "SELECT count(*) FROM videos WHERE status IN (?, ?)", (VideoStatus.QUEUED, VideoStatus.IN_PROGRESS)
+        ).fetchone()[0]
+
     def transition(
         self,
         video_id: str,

@@ -11,9 +11,10 @@ import gc
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from enum import IntEnum
 from typing import TYPE_CHECKING
 
 import ray
@@ -30,7 +31,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GO_ON, STOP = 0, 1
+
+class Decision(IntEnum):
+    """What rank 0 decides at the end of each step, for all ranks."""
+
+    GO_ON = 0
+    SUSPEND = 1
+    STOP = 2
+
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits inside a collective. Rank 0 decodes and encodes alone while the others are already done, so
@@ -53,12 +61,16 @@ class Stopped(Exception):
     """The job was stopped between two steps, on every rank."""
 
 
+class Suspended(Exception):
+    """The job was suspended between two steps, on every rank; asking for it again goes on with it."""
+
+
 class JobFailed(Exception):
     """The pipeline failed. Only the message crosses to the engine: the original class may need torch to be read."""
 
 
 class Rank:
-    """The actor. Calls run one at a time, except those of the `control` concurrency group.
+    """The actor. Calls run one at a time, on one thread, except those of the `control` and `health` groups.
 
     torch and diffusers are imported in `load`, so that the engine can name this class without loading them.
     """
@@ -70,7 +82,9 @@ class Rank:
         self.model: Model
         self.merger: Merger
         self.mesh: Mesh | None = None
-        self._stopped: set[str] = set()
+        self._orders: dict[str, Decision] = {}
+        """By job, what was asked for since its last step. Rank 0 alone has any."""
+        self._suspended: dict[str, Generator[Event]] = {}
 
     @ray.method(concurrency_group="control")
     def rendezvous(self) -> str:
@@ -107,7 +121,12 @@ class Rank:
         return self.model.card
 
     def lead(self, job: Job, media: Media, progress: bool) -> Iterator[Event]:
-        """Rank 0's part of a job: give its events, the last of which is its `Result`."""
+        """Rank 0's part of a job: give its events, the last of which is its `Result`.
+
+        Raises:
+            Stopped: `stop` was called.
+            Suspended: `suspend` was called; the same call again goes on after the step it was left in.
+        """
         for event in self._steps(job, media):
             if progress or not isinstance(event, Progress):
                 yield event
@@ -120,30 +139,46 @@ class Rank:
     def _steps(self, job: Job, media: Media) -> Iterator[Event]:
         from pipelines.generation import generate
 
-        generation = generate(self.model, job, media)
-        # A stop may come before the job begins, or after the one it was meant for has ended.
-        self._stopped &= {job.id}
+        generation = self._suspended.pop(job.id, None) or generate(self.model, job, media)
+        # An order may come before the job begins, or after the one it was meant for has ended.
+        for other in set(self._orders) - {job.id}:
+            del self._orders[other]
         try:
             for event in generation:
-                if isinstance(event, Progress) and self._agree(STOP if job.id in self._stopped else GO_ON) == STOP:
+                decision = self._agree(job.id) if isinstance(event, Progress) else Decision.GO_ON
+                if decision is Decision.STOP:
                     raise Stopped(job.id)
                 yield event
-        except (InvalidJob, Stopped):
+                if decision is Decision.SUSPEND:
+                    self._suspended[job.id] = generation
+                    raise Suspended(job.id)
+        except (InvalidJob, Stopped, Suspended):
             raise
         except Exception as error:
             logger.exception("job %s failed", job.id)
             raise JobFailed(f"{type(error).__name__}: {error}") from None
         finally:
-            generation.close()
-            self._stopped.discard(job.id)
+            self._orders.pop(job.id, None)
+            if job.id not in self._suspended:
+                generation.close()
 
-    def _agree(self, decision: int) -> int:
-        return decision if self.mesh is None else self.mesh.agree(decision)
+    def _agree(self, job_id: str) -> Decision:
+        decision = self._orders.pop(job_id, Decision.GO_ON)
+        return decision if self.mesh is None else Decision(self.mesh.agree(decision))
 
     @ray.method(concurrency_group="control")
     def stop(self, job_id: str) -> None:
         """Stop the running job at the end of its current step. Only rank 0 need be told."""
-        self._stopped.add(job_id)
+        self._orders[job_id] = Decision.STOP
+
+    @ray.method(concurrency_group="control")
+    def suspend(self, job_id: str) -> None:
+        """Suspend the running job at the end of its current step. Only rank 0 need be told."""
+        self._orders.setdefault(job_id, Decision.SUSPEND)
+
+    def discard(self, job_id: str) -> None:
+        """Forget a suspended job. Every rank must be told."""
+        self._suspended.pop(job_id).close()
 
     def merge(self, composition: Sequence[LoRASpec], factors: Mapping[str, bytes]) -> None:
         """Make `composition` what is merged into the weights; an empty one restores the base weights."""
@@ -184,7 +219,7 @@ class Rank:
     def lora_bytes_held(self) -> int:
         return self.merger.num_bytes_held
 
-    @ray.method(concurrency_group="control")
+    @ray.method(concurrency_group="health")
     def ping(self) -> int:
-        """Answer with the process id, also while a job is computed."""
+        """Answer with the process id, also while a job is computed or an adapter is read."""
         return os.getpid()

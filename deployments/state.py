@@ -17,7 +17,17 @@ from configs.server_args import ServerArgs
 from deployments.adapters import AdapterLoader, AdapterRegistry
 from deployments.content import ContentStore, image_key, input_key
 from deployments.errors import APIError
-from deployments.interfaces import Content, Engine, LoRARequest, LoRAStatus, Variant, Video, VideoPage, VideoStatus
+from deployments.interfaces import (
+    Content,
+    Engine,
+    LoRARequest,
+    LoRAStatus,
+    Variant,
+    Video,
+    VideoError,
+    VideoPage,
+    VideoStatus,
+)
 from deployments.jobs import JobStore
 from deployments.propagation import Composition
 from deployments.storage import Storage
@@ -26,6 +36,9 @@ from pipelines.job import Job, LoRASpec, Media
 
 ACTOR_NAME = "ditserve-state"
 NAMESPACE = "ditserve"
+
+RETRY_AFTER_SECONDS = "10"
+"""What a client is told whose video finds the queue full; OpenAI's clients wait so long, and try again twice."""
 
 
 class ServedEngine(Engine, AdapterLoader, Protocol):
@@ -46,7 +59,8 @@ class State:
         """
         self._jobs = JobStore(args.state_path)
         self._content = ContentStore(self._jobs, Storage(args.output_path))
-        self._runner = VideoRunner(self._jobs, self._content, engine)
+        self._runner = VideoRunner(self._jobs, self._content, engine, max_retries=args.max_retries)
+        self._max_unfinished = args.max_queue
         self._content.sweep()
         for video in self._jobs.unfinished():
             self._runner.start(video.job)
@@ -66,6 +80,14 @@ class State:
             return video
         inputs = {input_key(job.id, name): data for name, data in media.items()}
         await self._content.write(inputs)
+        if self._jobs.count_unfinished() >= self._max_unfinished:
+            await self._content.discard(inputs)
+            raise APIError(
+                429,
+                f"{self._max_unfinished} videos are unfinished already; try again when one is done.",
+                code="queue_full",
+                headers={"Retry-After": RETRY_AFTER_SECONDS},
+            )
         video = self._jobs.create(job, model, idempotency_key, inputs)
         if video.job.id == job.id:
             self._runner.start(job)
@@ -78,6 +100,14 @@ class State:
 
     async def list_videos(self, after: str | None, limit: int, order: Literal["asc", "desc"]) -> VideoPage:
         return self._jobs.page(after, limit, order)
+
+    async def cancel_video(self, video_id: str) -> Video:
+        self._jobs.get(video_id)
+        await self._runner.stop(video_id)
+        if not self._jobs.get(video_id).finished:
+            error = VideoError("cancelled", "The video was cancelled")
+            await self._content.discard(self._jobs.transition(video_id, VideoStatus.FAILED, error=error, files=()))
+        return self._jobs.get(video_id)
 
     async def delete_video(self, video_id: str) -> None:
         self._jobs.get(video_id)

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import aclosing
-from functools import cached_property
 
 from ray.exceptions import RayActorError, RayTaskError
 
@@ -17,9 +16,6 @@ from deployments.jobs import JobStore
 from pipelines.job import InvalidJob, Job, Media, Progress, Result
 
 logger = logging.getLogger(__name__)
-
-MAX_ATTEMPTS = 3
-"""Times the computation of one job may begin. A job that brings the server down each time then fails, alone."""
 
 _RETRY_DELAY_S = 1.0
 """Between two attempts: a gang is rebuilt in 1.4 s, a killed engine replica is back after 10 s."""
@@ -32,16 +28,14 @@ class VideoRunner:
     error is the job's own, and fails it.
     """
 
-    def __init__(self, jobs: JobStore, content: ContentStore, engine: Callable[[], Engine]):
-        """`engine` is called when a job first needs it, until it no longer raises `APIError` 503."""
+    def __init__(self, jobs: JobStore, content: ContentStore, engine: Callable[[], Engine], *, max_retries: int):
+        """`engine` gives the engine that serves now, or raises `APIError` 503. A job whose computation began
+        1 + `max_retries` times, and each time ended with the server, fails alone."""
         self._jobs = jobs
         self._content = content
-        self._make_engine = engine
+        self._engine = engine
+        self._max_attempts = 1 + max_retries
         self._tasks: dict[str, asyncio.Task[None]] = {}
-
-    @cached_property
-    def _engine(self) -> Engine:
-        return self._make_engine()
 
     def start(self, job: Job) -> None:
         """Run the job, unless it runs already."""
@@ -62,8 +56,8 @@ class VideoRunner:
 
     async def _run(self, job: Job) -> None:
         try:
-            if self._jobs.attempts(job.id) >= MAX_ATTEMPTS:
-                raise APIError(500, f"Given up after {MAX_ATTEMPTS} attempts: the server stopped during each of them")
+            if self._jobs.attempts(job.id) >= self._max_attempts:
+                raise APIError(500, f"Given up after {self._max_attempts} attempts: the server stopped during each")
             inputs = {*job.images} if job.mask is None else {*job.images, job.mask}
             media = {name: await self._content.read(input_key(job.id, name)) for name in inputs}
             await self._complete(job, await self._compute(job, media))
@@ -77,20 +71,20 @@ class VideoRunner:
             try:
                 return await self._attempt(job, media)
             except Exception as error:
-                if not _means_not_now(error) or self._jobs.attempts(job.id) >= MAX_ATTEMPTS:
+                if not _means_not_now(error) or self._jobs.attempts(job.id) >= self._max_attempts:
                     raise
                 logger.info("video %s waits for the engine: %s", job.id, _cause(error))
             await asyncio.sleep(_RETRY_DELAY_S)
 
     async def _attempt(self, job: Job, media: Media) -> Result:
-        """An attempt counts from its first event, so that jobs which merely wait pay for no other's crash."""
-        begun, result = False, None
-        async with aclosing(self._engine.generate(job, media, progress=True)) as events:
+        """An attempt counts from its step 0, so that jobs which merely wait pay for no other's crash. The engine
+        begins again by itself when its ranks die."""
+        result = None
+        async with aclosing(self._engine().generate(job, media, progress=True)) as events:
             async for event in events:
-                if not begun:
-                    self._jobs.transition(job.id, VideoStatus.IN_PROGRESS)
-                    begun = True
                 if isinstance(event, Progress):
+                    if event.step == 0:
+                        self._jobs.transition(job.id, VideoStatus.IN_PROGRESS)
                     self._jobs.advance(job.id, 100 * event.step // event.total)
                 elif isinstance(event, Result):
                     result = event
@@ -123,6 +117,6 @@ def _explain(error: Exception) -> VideoError:
         case APIError() as refused:
             return VideoError(refused.code or refused.type, refused.message)
         case RayActorError():
-            return VideoError("server_error", f"The engine stopped during each of {MAX_ATTEMPTS} attempts")
+            return VideoError("server_error", "The engine stopped during each attempt")
         case _:
             return VideoError("server_error", "The server failed on this video; its log says why under the video's id")

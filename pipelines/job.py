@@ -76,6 +76,8 @@ class Job(BaseModel):
     """Quality of webp and jpeg, 0 to 100."""
     partial_images: int = Field(default=0, ge=0, le=3)
     """Previews to give on the way."""
+    timeout: float | None = Field(default=None, gt=0)
+    """Seconds after which the job fails if it is not done, waiting included. It decides no pixel."""
 
 
 Media = Mapping[str, bytes]

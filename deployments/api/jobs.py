@@ -129,6 +129,7 @@ async def _submission(
         height=height,
         num_inference_steps=wanted.num_inference_steps or defaults.num_inference_steps,
         seeds=_seeds(wanted),
+        timeout=wanted.timeout,
         images=tuple(content_key(image) for image in images),
         mask=None if mask is None else content_key(mask),
         **_family_parameters(wanted, card, task, defaults),

@@ -14,7 +14,7 @@ from deployments.api.protocol.answers import DeletedVideo, VideoErrorObject, Vid
 from deployments.api.protocol.requests import VideoRequest
 from deployments.api.services import Served
 from deployments.errors import APIError
-from deployments.interfaces import Variant, Video, VideoStatus
+from deployments.interfaces import Variant, Video
 
 router = APIRouter(prefix="/v1/videos", tags=["Videos"])
 
@@ -63,9 +63,16 @@ async def list_videos(
 async def get_video(video_id: str, services: Served, response: Response) -> VideoObject:
     """Tell how far a video is."""
     video = await services.state.get_video(video_id)
-    if video.status in (VideoStatus.QUEUED, VideoStatus.IN_PROGRESS):
+    if not video.finished:
         response.headers["openai-poll-after-ms"] = str(POLL_AFTER_MS)
     return _object(video)
+
+
+@router.post("/{video_id}/cancel", responses=errors(404))
+async def cancel_video(video_id: str, services: Served) -> VideoObject:
+    """Stop making a video, within a denoising step. It stays listed, as failed with the error code `cancelled`; a
+    finished one stays as it is."""
+    return _object(await services.state.cancel_video(video_id))
 
 
 @router.delete("/{video_id}", responses=errors(404))

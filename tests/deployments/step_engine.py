@@ -21,8 +21,8 @@ class StepEngine:
         total = job.num_inference_steps
         self._write_journal(job, "began")
         try:
-            for step in range(1, total + 1):
-                while step > self._allowed(job.id):
+            for step in range(total + 1):
+                while max(step, 1) > self._allowed(job.id):
                     await asyncio.sleep(0.005)
                 if progress:
                     yield Progress(step, total)
@@ -33,7 +33,7 @@ class StepEngine:
         self._write_journal(job, "ended")
 
     def allow(self, video_id: str, steps: int) -> None:
-        """Let a job come as far as this step. A job that nobody limits takes all of its steps at once."""
+        """Let a job come as far as this step; with 0 it does not begin. A job that nobody limits takes all at once."""
         (self.folder / f"{video_id}.limit").write_text(str(steps))
 
     def journal(self, video_id: str) -> list[str]:

@@ -22,11 +22,11 @@ from deployments.errors import APIError
 from deployments.interfaces import Video, VideoError, VideoStatus
 from deployments.state import ACTOR_NAME, NAMESPACE, State, forget_state_actor, state_actor
 from deployments.storage import Storage
-from deployments.video_runner import MAX_ATTEMPTS
 from pipelines.job import InvalidJob, Job, Task, content_key
 from tests.deployments import step_engine
 from tests.deployments.step_engine import StepEngine, pixels
 
+MAX_ATTEMPTS = 3
 PHOTO = b"a photo of a lighthouse"
 INPUTS = {content_key(PHOTO): PHOTO}
 
@@ -50,7 +50,11 @@ def a_job(video_id: str = "video_1", **fields) -> Job:
 
 @pytest.fixture
 def args(tmp_path: Path) -> ServerArgs:
-    return ServerArgs(output_path=str(tmp_path / "outputs"), state_path=str(tmp_path / "jobs.sqlite3"))
+    return ServerArgs(
+        output_path=str(tmp_path / "outputs"),
+        state_path=str(tmp_path / "jobs.sqlite3"),
+        max_retries=MAX_ATTEMPTS - 1,
+    )
 
 
 @pytest.fixture
@@ -341,8 +345,66 @@ class TestFailure:
         state = State(args, lambda: engine)
         await state.create_video(a_job(), INPUTS, "wan")
         video = await finished(state)
-        assert video.error == VideoError("server_error", f"The engine stopped during each of {MAX_ATTEMPTS} attempts")
+        assert video.error == VideoError("server_error", "The engine stopped during each attempt")
         assert len(engine.errors) == 10 - MAX_ATTEMPTS
+        await state.close()
+
+
+class TestCancelling:
+    async def test_a_running_video_stops_it_and_keeps_its_record(self, state, engine, args):
+        engine.allow("video_1", 2)
+        await state.create_video(a_job(), INPUTS, "wan")
+        await reaches(state, 50)
+        video = await state.cancel_video("video_1")
+        assert video.status is VideoStatus.FAILED
+        assert video.error == VideoError("cancelled", "The video was cancelled")
+        assert engine.journal("video_1") == ["began", "stopped"]
+        assert files(args) == set()
+
+    async def test_a_queued_video_keeps_it_from_beginning(self, state, engine):
+        engine.allow("video_1", 0)
+        await state.create_video(a_job(), INPUTS, "wan")
+        assert (await state.cancel_video("video_1")).error.code == "cancelled"
+        assert (await state.cancel_video("video_1")).error.code == "cancelled"
+
+    async def test_a_finished_video_leaves_it_as_it_is(self, state, args):
+        await state.create_video(a_job(), INPUTS, "wan")
+        await finished(state)
+        assert (await state.cancel_video("video_1")).status is VideoStatus.COMPLETED
+        assert files(args) == VIDEO_1_FILES
+
+    async def test_an_unknown_video_is_not_found(self, state):
+        with pytest.raises(APIError) as refused:
+            await state.cancel_video("video_nobody_made")
+        assert refused.value.status == 404
+
+
+class TestAFullQueue:
+    async def test_refuses_before_there_is_a_job_and_takes_the_next_when_one_is_done(self, args, engine):
+        state = State(args.model_copy(update={"max_queue": 2}), lambda: engine)
+        engine.allow("video_1", 1)
+        engine.allow("video_2", 0)
+        for name in ("video_1", "video_2"):
+            await state.create_video(a_job(name), INPUTS, "wan")
+        kept = files(args)
+        with pytest.raises(APIError) as refused:
+            await state.create_video(a_job("video_3"), INPUTS, "wan")
+        assert (refused.value.status, refused.value.code) == (429, "queue_full")
+        assert int(refused.value.headers["Retry-After"]) > 0
+        assert files(args) == kept
+        with pytest.raises(APIError):
+            await state.get_video("video_3")
+        engine.allow("video_1", 4)
+        await finished(state)
+        await state.create_video(a_job("video_3"), INPUTS, "wan")
+        assert (await finished(state, "video_3")).status is VideoStatus.COMPLETED
+        await state.close()
+
+    async def test_still_answers_a_repeated_request_with_its_video(self, args, engine):
+        state = State(args.model_copy(update={"max_queue": 1}), lambda: engine)
+        engine.allow("video_1", 0)
+        await state.create_video(a_job(), INPUTS, "wan", "key")
+        assert (await state.create_video(a_job("video_2"), INPUTS, "wan", "key")).job.id == "video_1"
         await state.close()
 
 
@@ -422,7 +484,7 @@ class TestANewLife:
         state = State(args, lambda: engine)
         video = await finished(state)
         assert video.status is VideoStatus.FAILED
-        assert video.error.message == "Given up after 3 attempts: the server stopped during each of them"
+        assert video.error.message == f"Given up after {MAX_ATTEMPTS} attempts: the server stopped during each"
         engine.allow("video_2", 4)
         assert (await finished(state, "video_2")).status is VideoStatus.COMPLETED
         await state.close()

@@ -166,6 +166,9 @@ class GenerationRequest(WireRequest):
     strength: Number | None = Field(
         None, ge=0, le=1, description="Extension: how far an edit may leave its input image, 0 to 1."
     )
+    timeout: Number | None = Field(
+        None, gt=0, description="Extension: seconds after which the job fails if it is not done, waiting included."
+    )
     lora: Annotated[
         list[str | LoRAChoice] | None,
         BeforeValidator(lambda value: [json_text(item) for item in listed(json_text(value))]),

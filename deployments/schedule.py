@@ -1,0 +1,112 @@
+"""Which of the waiting jobs gets the gang next: a rule without a clock, a task or a gang.
+
+Pictures, for which a client holds the line, go before videos, which clients ask about later; among equals, jobs with
+the adapters that are merged already go before those that need a switch; else the oldest goes first.
+
+Nobody starves: a job that was overtaken `MAX_OVERTAKEN` times is next, whatever else waits. A video that gives way to
+pictures is counted anew from each of its turns, and a turn is one denoising step at least.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from deployments.propagation import Composition
+from pipelines.job import Event, Job, Media
+
+MAX_OVERTAKEN = 8
+"""How many turns of later jobs a job lets pass. A switch of adapters takes about as long as one or two steps of a
+picture, so runs of eight make the switches cheap; a video behind endless pictures does a step after each eight."""
+
+
+class Full(Exception):
+    """No further picture may wait."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One job's place in the queue, and the channel on which its events reach whoever asked for it."""
+
+    job: Job
+    media: Media
+    progress: bool
+    """Whether its steps are told."""
+    events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
+    abandoned: bool = False
+    """Nobody waits for the job any more: it leaves the queue, or stops at its current step."""
+    suspended: bool = False
+    """It has given way between two steps, and the ranks hold its latents."""
+    breaks: int = 0
+    """Times the gang broke under it."""
+    overtaken: int = 0
+    """Turns of later jobs since it came, or since its own last turn."""
+    waiting_since: float = field(default_factory=time.monotonic)
+    seconds_waited: float = 0.0
+    """Before its first turn and between its turns."""
+    seconds_run: float = 0.0
+
+    @property
+    def is_video(self) -> bool:
+        return self.job.task.is_video
+
+    async def next_event(self) -> Event:
+        """Raises what the job failed with."""
+        event = await self.events.get()
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+
+class Schedule:
+    """The jobs that wait, in the order of their arrival."""
+
+    def __init__(self, max_pictures: int, *, preemption: bool = True):
+        """At most `max_pictures` pictures may wait. Videos are bounded where they are accepted."""
+        self._max_pictures = max_pictures
+        self._preemption = preemption
+        self._waiting: list[Ticket] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Ticket]:
+        return iter(self._waiting)
+
+    def add(self, ticket: Ticket) -> None:
+        """Raises `Full` when too many pictures wait already."""
+        if not ticket.is_video and len(self._pictures()) >= self._max_pictures:
+            raise Full
+        self._waiting.append(ticket)
+
+    def remove(self, ticket: Ticket) -> None:
+        self._waiting.remove(ticket)
+
+    def give_back(self, ticket: Ticket) -> None:
+        """Take back a job that gave way. It came before all that wait now: no second video begins meanwhile."""
+        ticket.suspended = True
+        ticket.waiting_since = time.monotonic()
+        self._waiting.insert(0, ticket)
+
+    def take(self, merged: Composition) -> Ticket:
+        """The next job; there must be one. `merged` are the adapters in the weights now."""
+        begun = any(ticket.suspended for ticket in self._waiting)
+        eligible = [ticket for ticket in self._waiting if ticket.suspended or not (ticket.is_video and begun)]
+        overdue = [ticket for ticket in eligible if ticket.overtaken >= MAX_OVERTAKEN]
+        # min gives the first of equals, and the list has them by arrival.
+        chosen = overdue[0] if overdue else min(eligible, key=lambda each: (each.is_video, each.job.lora != merged))
+        for older in self._waiting[: self._waiting.index(chosen)]:
+            older.overtaken += 1
+        self._waiting.remove(chosen)
+        chosen.overtaken = 0
+        chosen.seconds_waited += time.monotonic() - chosen.waiting_since
+        return chosen
+
+    def should_give_way(self, running: Ticket) -> bool:
+        """Whether a running job is to leave the gang to a picture at the end of its step."""
+        return self._preemption and running.is_video and bool(self._pictures())
+
+    def _pictures(self) -> list[Ticket]:
+        return [ticket for ticket in self._waiting if not ticket.is_video]
