@@ -156,9 +156,9 @@ class Gang:
                 failures = [error for each in followers if each.done() and (error := each.exception())]
                 if dead := next((error for error in failures if isinstance(error, RayActorError)), None):
                     raise dead
-                running: list[asyncio.Future[Any]] = [each for each in followers if not each.done()]
+                waited_for: set[asyncio.Future[Any]] = {arriving, self._watch}
                 done, _ = await asyncio.wait(
-                    [arriving, self._watch, *running],
+                    waited_for | {each for each in followers if not each.done()},
                     timeout=AGREEMENT_SECONDS if failures else None,
                     return_when=asyncio.FIRST_COMPLETED,
                 )

@@ -140,7 +140,7 @@ async def test_a_rank_without_memory_breaks_the_gang_and_a_restart_heals_it(
     monkeypatch.setattr(gang_module, "AGREEMENT_SECONDS", 1.0)
     victim = psutil.Process(await gang.ranks[1].ping.remote())
     victim.rlimit(psutil.RLIMIT_AS, (victim.memory_info().vms,) * 2)
-    with pytest.raises(GangBroken, match="failed alone|died"):
+    with pytest.raises(GangBroken, match=r"failed alone|died"):
         await asyncio.wait_for(events_of(gang, job("large", width=2048, height=2048)), timeout=60)
     await heals(gang)
 

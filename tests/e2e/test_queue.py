@@ -1,0 +1,126 @@
+"""What waits, what goes first, what is refused: the queue of a real server with a gang of two."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import Any
+
+import pytest
+
+from tests.e2e.server import SMALL, Server, running_server
+
+MAX_QUEUE = 3
+LONG = {"num_inference_steps": 300, "seed": 11}
+
+
+@pytest.fixture(scope="module")
+def gang_of_two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    flags = ("--num-gpus", "2", "--max-queue", str(MAX_QUEUE))
+    with running_server(tmp_path_factory.mktemp("queue"), *flags) as running:
+        yield running
+
+
+def long_video(server: Server, **fields: Any) -> str:
+    """The id of a video that is being made."""
+    video_id = server.create_video(**{**LONG, **fields})["id"]
+    server.wait_for_video(video_id, lambda video: video["status"] == "in_progress")
+    return video_id
+
+
+def content(server: Server, video_id: str) -> bytes:
+    assert server.wait_for_video(video_id)["status"] == "completed"
+    return server.http.get(f"/v1/videos/{video_id}/content").content
+
+
+def test_a_video_gives_way_to_pictures_and_has_the_pixels_of_one_that_was_left_alone(gang_of_two: Server) -> None:
+    undisturbed = gang_of_two.clip(**LONG)
+    picture = gang_of_two.picture(seed=3)
+    video_id = long_video(gang_of_two)
+    assert [gang_of_two.picture(seed=3) for _ in range(3)] == [picture] * 3
+    assert gang_of_two.video(video_id)["status"] == "in_progress"
+    assert content(gang_of_two, video_id) == undisturbed
+
+
+def test_set_lora_does_not_wait_for_the_whole_of_a_video(gang_of_two: Server, adapters: tuple[str, str]) -> None:
+    undisturbed = gang_of_two.clip(**LONG)
+    video_id = long_video(gang_of_two)
+    body = {"lora_nickname": "A", "lora_path": adapters[0]}
+    assert gang_of_two.http.post("/v1/set_lora", json=body).status_code == 200
+    assert gang_of_two.video(video_id)["status"] == "in_progress"
+    assert gang_of_two.http.post("/v1/unmerge_lora_weights").status_code == 200
+    assert content(gang_of_two, video_id) == undisturbed
+
+
+def test_endless_pictures_do_not_starve_a_video(gang_of_two: Server) -> None:
+    enough = Event()
+
+    def keep_asking(seed: int) -> None:
+        while not enough.is_set():
+            gang_of_two.picture(seed=seed)
+
+    with ThreadPoolExecutor(2) as clients:
+        asking = [clients.submit(keep_asking, seed) for seed in range(2)]
+        try:
+            video_id = long_video(gang_of_two, num_inference_steps=4)
+            assert gang_of_two.wait_for_video(video_id)["status"] == "completed"
+        finally:
+            enough.set()
+        for client in asking:
+            client.result()
+
+
+def test_a_full_queue_of_videos_is_refused_until_one_is_done(gang_of_two: Server) -> None:
+    made = [gang_of_two.create_video(**LONG)["id"] for _ in range(MAX_QUEUE)]
+    refused = gang_of_two.http.post("/v1/videos", json=SMALL)
+    assert refused.status_code == 429
+    assert refused.json()["error"]["code"] == "queue_full"
+    assert int(refused.headers["retry-after"]) > 0
+    assert len(gang_of_two.http.get("/v1/videos?limit=100").json()["data"]) >= MAX_QUEUE
+    assert gang_of_two.http.delete(f"/v1/videos/{made[0]}").status_code == 200
+    made[0] = gang_of_two.create_video(**LONG)["id"]
+    for video_id in made:
+        gang_of_two.http.delete(f"/v1/videos/{video_id}")
+
+
+def test_a_full_queue_of_pictures_is_refused_and_the_rest_are_made(gang_of_two: Server) -> None:
+    def ask(seed: int) -> int:
+        body = {**SMALL, "num_inference_steps": 40, "seed": seed}
+        return gang_of_two.http.post("/v1/images/generations", json=body).status_code
+
+    with ThreadPoolExecutor(4 * MAX_QUEUE) as clients:
+        answers = list(clients.map(ask, range(4 * MAX_QUEUE)))
+    assert set(answers) == {200, 429}
+    assert answers.count(200) > MAX_QUEUE
+    assert gang_of_two.picture()
+
+
+def test_a_cancelled_video_stops_and_stays_listed(gang_of_two: Server) -> None:
+    video_id = long_video(gang_of_two)
+    cancelled = gang_of_two.http.post(f"/v1/videos/{video_id}/cancel")
+    assert cancelled.status_code == 200
+    assert (cancelled.json()["status"], cancelled.json()["error"]["code"]) == ("failed", "cancelled")
+    assert gang_of_two.video(video_id) == cancelled.json()
+    started = time.monotonic()
+    gang_of_two.picture()
+    assert time.monotonic() - started < 20
+    assert gang_of_two.http.post("/v1/videos/video_nobody_made/cancel").status_code == 404
+
+
+def test_a_picture_that_is_not_done_in_time_is_given_up(gang_of_two: Server) -> None:
+    body = {**SMALL, "num_inference_steps": 1000, "timeout": 0.5}
+    late = gang_of_two.http.post("/v1/images/generations", json=body)
+    assert late.status_code == 504
+    assert late.json()["error"]["code"] == "timeout"
+    assert late.headers["x-should-retry"] == "false"
+    assert gang_of_two.picture()
+
+
+def test_a_video_that_is_not_done_in_time_fails_also_while_it_waits(gang_of_two: Server) -> None:
+    running = long_video(gang_of_two, num_inference_steps=1000)
+    waiting = gang_of_two.create_video(timeout=0.5)["id"]
+    failed = gang_of_two.wait_for_video(waiting)
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "timeout")
+    gang_of_two.http.delete(f"/v1/videos/{running}")
