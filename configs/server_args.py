@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from configs.parallel import ParallelDims
 
 Device = Literal["auto", "cuda", "cpu"]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 
+ApiKey = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]+$")]
+"""What an Authorization header can carry: printable ASCII without spaces."""
+
+ApiKeys = Annotated[tuple[ApiKey, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+"""Several keys; a single one need not be written as a list."""
+
 
 class ServerArgs(BaseModel):
     """Everything a server is started with. Unknown keys are errors. Names and meanings are SGLang Diffusion's."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    # An error that quotes its input could quote an API key.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), hide_input_in_errors=True)
 
     model_path: str | None = Field(
         None,
@@ -27,6 +34,15 @@ class ServerArgs(BaseModel):
     public_url: str | None = Field(
         None, description="Base URL clients reach the server at; makes the URLs in answers absolute."
     )
+
+    api_key: ApiKeys = Field(
+        (), repr=False, description="Key that /v1 asks for; repeatable. Command lines are no secret: prefer a file."
+    )
+    api_key_file: str | None = Field(None, description="File with such keys, one a line.")
+    admin_api_key: ApiKeys = Field(
+        (), repr=False, description="Key that the LoRA routes ask for, and that every other takes; repeatable."
+    )
+    admin_api_key_file: str | None = Field(None, description="File with such keys, one a line.")
 
     num_gpus: int = Field(1, ge=1, description="Ranks in all. Without CUDA they are CPU processes over gloo.")
     dp_size: int = Field(1, ge=1, description="Engine replicas, each with num_gpus / dp_size ranks.")
@@ -80,6 +96,12 @@ class ServerArgs(BaseModel):
 
     output_path: str = Field("outputs", description="Where images and videos are kept: a folder or an fsspec URL.")
     state_path: str = Field("outputs/jobs.sqlite3", description="SQLite file that holds the video jobs.")
+    video_ttl: float | None = Field(
+        None, gt=0, description="Seconds a finished video or a stored picture is kept. Left out: until it is deleted."
+    )
+    storage_bytes: int | None = Field(
+        None, ge=0, description="Bytes of finished videos and stored pictures; beyond them the oldest are deleted."
+    )
     num_cpus_per_rank: float = Field(
         0.1, gt=0, description="CPUs each rank reserves in Ray (scheduling only; threads follow the machine)."
     )

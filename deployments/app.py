@@ -16,6 +16,7 @@ from configs.server_args import ServerArgs
 from deployments.clients import EngineClient, StateClient, connect_engine
 from deployments.engine import Engine
 from deployments.ingress import create_app
+from deployments.keys import Keyring
 from deployments.state import state_actor
 
 ENGINE_CPUS = 0.1
@@ -29,23 +30,28 @@ replica goes is computed again by the next one."""
 class Ingress:
     """The HTTP side: FastAPI over the engine's handle and the state actor. Holds no state, imports no torch."""
 
-    def __init__(self, args: ServerArgs, engine: DeploymentHandle):
+    def __init__(self, args: ServerArgs, engine: DeploymentHandle, keyring: Keyring):
         self.args = args
+        self.keyring = keyring
         self.engine = EngineClient(engine)
         self.state = StateClient(state_actor(args, connect_engine))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return create_app(self.args, self.engine, self.state, sends_request_id=False)
+        return create_app(self.args, self.engine, self.state, self.keyring, sends_request_id=False)
 
 
 def build(args: ServerArgs) -> Application:
-    """The Serve application: Ingress -> Engine (`dp_size` replicas), and the state actor beside them."""
-    args = settle(args)
+    """The Serve application: Ingress -> Engine (`dp_size` replicas), and the state actor beside them.
+
+    API keys end here: the rest of the server is given their digests.
+    """
+    keyring = Keyring.read(args)
+    args = settle(args).model_copy(update={"api_key": (), "admin_api_key": ()})
     engine = serve.deployment(Engine, name="Engine", **engine_options(args)).bind(args)
     ingress = serve.deployment(
         serve.ingress()(Ingress), name="Ingress", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.1}
     )
-    return ingress.bind(args, engine)
+    return ingress.bind(args, engine, keyring)
 
 
 def settle(args: ServerArgs) -> ServerArgs:

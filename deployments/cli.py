@@ -63,14 +63,16 @@ def add_flags(parser: argparse.ArgumentParser, only: Sequence[str] | None = None
     """One flag per field of `ServerArgs` (or per one named in `only`): `num_gpus` becomes `--num-gpus`."""
     for name, info in ServerArgs.model_fields.items():
         if only is None or name in only:
-            parser.add_argument(
-                f"--{name.replace('_', '-')}", help=info.description, default=info.default, **_reading(info)
-            )
+            reading = {"default": info.default, **_reading(info)}
+            parser.add_argument(f"--{name.replace('_', '-')}", help=info.description, **reading)
 
 
 def _reading(info: FieldInfo) -> dict[str, Any]:
-    """How argparse reads a field. A truth value is a bare `--flag`, or `--flag true|false` as in SGLang."""
+    """How argparse reads a field. A truth value is a bare `--flag`, or `--flag true|false` as in SGLang; a flag with
+    several values is repeated."""
     kinds = [kind for kind in get_args(info.annotation) if kind is not type(None)]
+    if get_origin(info.annotation) is tuple:
+        return {"action": "append", "type": str, "default": None}
     if get_origin(info.annotation) is Literal:
         return {"choices": kinds, "type": str}
     kind = kinds[0] if kinds else info.annotation
@@ -133,7 +135,7 @@ def _generate(output_path: Path, image_path: list[Path], **flags: Any) -> int:
 
 def serve_config(args: ServerArgs) -> str:
     """The YAML with which `serve run` gives the same server."""
-    set_args = args.model_dump(exclude_defaults=True, exclude={"host", "port"})
+    set_args = args.model_dump(mode="json", exclude_defaults=True, exclude={"host", "port"})
     config = {
         "proxy_location": "HeadOnly",
         "http_options": {"host": args.host, "port": args.port, "keep_alive_timeout_s": 90},

@@ -60,12 +60,14 @@ class ContentStore:
         self._storage = storage
 
     def sweep(self) -> None:
-        """Delete what interrupted writes and deletes left. Only while nothing is being written."""
+        """Delete what interrupted writes and deletes left, and measure what an older server wrote without doing so.
+        Only while nothing is being written."""
         self._jobs.forget(self._delete(self._jobs.unowned()))
+        self._jobs.reserve({key: self._num_bytes(key) for key in self._jobs.unmeasured()})
 
     async def write(self, files: Mapping[str, bytes]) -> None:
         """Write all of the files, or none if it fails or is cancelled. They then wait for a record to own them."""
-        self._jobs.reserve(files)
+        self._jobs.reserve({key: len(data) for key, data in files.items()})
         try:
             for key, data in files.items():
                 await _finished(self._storage.put, key, data)
@@ -92,8 +94,8 @@ class ContentStore:
         name = video_id if num_outputs == 1 else f"{video_id}-{index}"
         return Content(key, await self._size(key), media_type, f"{name}.{extension}")
 
-    async def image(self, image_id: str, index: int) -> Content:
-        output_format = self._jobs.image_format(image_id)
+    async def image(self, image_id: str, index: int, tenant: str | None = None) -> Content:
+        output_format = self._jobs.image_format(image_id, tenant)
         key = image_key(image_id, index, output_format)
         if not self._jobs.owns(image_id, key):
             raise APIError(404, f"Image '{image_id}' has no picture {index}", code="content_not_found")
@@ -104,6 +106,12 @@ class ContentStore:
             return await asyncio.to_thread(self._storage.size, key)
         except FileNotFoundError:
             raise _gone() from None
+
+    def _num_bytes(self, key: str) -> int:
+        try:
+            return self._storage.size(key)
+        except FileNotFoundError:  # removed by hand
+            return 0
 
     def _delete(self, keys: Collection[str]) -> list[str]:
         """Delete files, and return the keys of those that are gone: the others are tried again at the next start."""

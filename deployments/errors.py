@@ -34,9 +34,12 @@ class APIError(Exception):
         so only client errors that are 400-like carry it."""
         if self.status >= 500:
             return "server_error"
-        return {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
-            self.status, "invalid_request_error"
-        )
+        return {
+            401: "authentication_error",
+            403: "permission_error",
+            404: "not_found_error",
+            429: "rate_limit_error",
+        }.get(self.status, "invalid_request_error")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.status, self.message, self.param, self.code, self.headers)

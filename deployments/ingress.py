@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 
 from configs.server_args import ServerArgs
 from deployments.api import error_responses, health, images, lora, models, openapi, videos
+from deployments.api.authentication import admin_only, known
 from deployments.api.middleware import RequestMiddleware
 from deployments.api.services import Services
 from deployments.errors import APIError
 from deployments.interfaces import Engine, State
+from deployments.keys import OPEN, Keyring
 
 NOT_OFFERED = (
     "/v1/images/variations",
@@ -21,7 +23,9 @@ NOT_OFFERED = (
 """What OpenAI has beyond this server. Its clients retry a 501, so they are told 404."""
 
 
-def create_app(args: ServerArgs, engine: Engine, state: State, *, sends_request_id: bool = True) -> FastAPI:
+def create_app(
+    args: ServerArgs, engine: Engine, state: State, keyring: Keyring = OPEN, *, sends_request_id: bool = True
+) -> FastAPI:
     """The application as an ASGI callable. It keeps nothing of its own between requests.
 
     Args:
@@ -33,12 +37,16 @@ def create_app(args: ServerArgs, engine: Engine, state: State, *, sends_request_
         version="0.1.0",
         description="OpenAI's Images and Videos API and SGLang's LoRA management for diffusion transformers.",
     )
-    app.state.services = Services(args, engine, state)
+    app.state.services = Services(args, engine, state, keyring)
     app.add_middleware(RequestMiddleware, sends_id=sends_request_id)
     error_responses.install(app)
     openapi.install(app)
-    for router in (_not_offered(), images.router, videos.router, lora.router, models.router, health.router):
-        app.include_router(router)
+    guarded = APIRouter(dependencies=[Depends(known)], responses=openapi.errors(401))
+    for router in (_not_offered(), images.router, videos.router, models.router):
+        guarded.include_router(router)
+    guarded.include_router(lora.router, dependencies=[Depends(admin_only)], responses=openapi.errors(403))
+    app.include_router(guarded)
+    app.include_router(health.router)
     return app
 
 

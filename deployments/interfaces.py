@@ -126,30 +126,40 @@ class Engine(Protocol):
 
 
 class State(Protocol):
-    """Remembers. Any method may raise `APIError`: 404 for an unknown id, for instance."""
+    """Remembers. Any method may raise `APIError`: 404 for an unknown id, for instance.
 
-    async def create_video(self, job: Job, media: Media, model: str, idempotency_key: str | None = None) -> Video:
-        """Persist a job as queued and see that it runs. The same idempotency key gives the same video.
+    Records belong to the tenant they were made by (`keys.Caller.tenant`). One tenant's do not exist for another;
+    tenant None sees all, and what it makes is seen by no other.
+    """
+
+    async def create_video(
+        self, job: Job, media: Media, model: str, idempotency_key: str | None = None, tenant: str | None = None
+    ) -> Video:
+        """Persist a job as queued and see that it runs. A tenant's idempotency key gives the same video again.
 
         Raises `APIError` 429 when too many are unfinished.
         """
 
-    async def get_video(self, video_id: str) -> Video: ...
+    async def get_video(self, video_id: str, tenant: str | None = None) -> Video: ...
 
-    async def list_videos(self, after: str | None, limit: int, order: Literal["asc", "desc"]) -> VideoPage: ...
+    async def list_videos(
+        self, after: str | None, limit: int, order: Literal["asc", "desc"], tenant: str | None = None
+    ) -> VideoPage: ...
 
-    async def cancel_video(self, video_id: str) -> Video:
+    async def cancel_video(self, video_id: str, tenant: str | None = None) -> Video:
         """Stop the job if it is queued or running; it is then failed, with code `cancelled`. A finished one stays."""
 
-    async def delete_video(self, video_id: str) -> None:
+    async def delete_video(self, video_id: str, tenant: str | None = None) -> None:
         """Stop the job if it is queued or running; delete its record and its files."""
 
-    async def video_content(self, video_id: str, variant: Variant, index: int = 0) -> Content:
+    async def video_content(
+        self, video_id: str, variant: Variant, index: int = 0, tenant: str | None = None
+    ) -> Content:
         """Raises `APIError` 404 while the job is unfinished, and for a failed one with the reason."""
 
-    async def store_image(self, job: Job, outputs: Sequence[bytes]) -> None: ...
+    async def store_image(self, job: Job, outputs: Sequence[bytes], tenant: str | None = None) -> None: ...
 
-    async def image_content(self, image_id: str, index: int = 0) -> Content: ...
+    async def image_content(self, image_id: str, index: int = 0, tenant: str | None = None) -> Content: ...
 
     async def read(self, key: str, offset: int, length: int) -> bytes: ...
 

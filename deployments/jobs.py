@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from deployments.errors import APIError, not_found
 from deployments.interfaces import Video, VideoError, VideoPage, VideoStatus
+from deployments.schema import migrate
 from pipelines.job import Job
 
 TRANSITIONS: Mapping[VideoStatus, frozenset[VideoStatus]] = {
@@ -26,43 +27,6 @@ TRANSITIONS: Mapping[VideoStatus, frozenset[VideoStatus]] = {
     VideoStatus.COMPLETED: frozenset(),
     VideoStatus.FAILED: frozenset(),
 }
-
-_MIGRATIONS = (
-    """
-    CREATE TABLE videos (
-        position INTEGER PRIMARY KEY AUTOINCREMENT,  -- order of arrival; never given twice, also after a delete
-        id TEXT NOT NULL UNIQUE,
-        idempotency_key TEXT UNIQUE,
-        job TEXT NOT NULL,                           -- JSON
-        model TEXT NOT NULL,
-        status TEXT NOT NULL,
-        progress INTEGER NOT NULL DEFAULT 0,
-        attempts INTEGER NOT NULL DEFAULT 0,         -- times its computation began
-        created_at REAL NOT NULL,                    -- Unix seconds, as is completed_at
-        completed_at REAL,
-        error_code TEXT,
-        error_message TEXT,
-        timings TEXT NOT NULL DEFAULT '{}'           -- JSON: seconds by stage
-    );
-    CREATE TABLE images (
-        id TEXT PRIMARY KEY,
-        output_format TEXT NOT NULL,
-        created_at REAL NOT NULL
-    );
-    CREATE TABLE files (
-        key TEXT PRIMARY KEY,
-        owner TEXT                                   -- id of a video or an image; NULL: to be deleted
-    );
-    CREATE INDEX files_by_owner ON files (owner);
-    """,
-    """
-    CREATE TABLE notes (
-        name TEXT PRIMARY KEY,
-        value TEXT NOT NULL                          -- JSON
-    );
-    """,
-)
-"""The script at index i brings a file from schema version i to i + 1 (SQLite's `user_version`)."""
 
 _LOCK_TIMEOUT_S = 30.0
 """How long to wait for the lock of a predecessor that was killed but is not yet gone."""
@@ -79,8 +43,11 @@ class JobStore:
     the death of the process, not that of the machine.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, *, ttl_s: float | None = None):
         """Open or make the file, and bring it to the newest schema.
+
+        Args:
+            ttl_s: how long finished videos are kept, to be told to clients.
 
         Raises:
             sqlite3.OperationalError: another process has the file open.
@@ -93,52 +60,68 @@ class JobStore:
         self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = FULL")
-        self._migrate(path)
+        migrate(self._connection)
+        self._ttl_s = ttl_s
+        self.num_finished = 0
+        """Videos and pictures that were finished since the file was opened."""
 
     def close(self) -> None:
         self._connection.close()
 
-    def create(self, job: Job, model: str, idempotency_key: str | None, files: Collection[str]) -> Video:
-        """A queued job that owns `files`; or the one that already has its id or its idempotency key."""
+    def create(
+        self,
+        job: Job,
+        model: str,
+        idempotency_key: str | None,
+        files: Collection[str],
+        tenant: str | None = None,
+    ) -> Video:
+        """A queued job that owns `files`; or the one that already has its id or the tenant's idempotency key."""
         with self._transaction():
             created = self._connection.execute(
-                "INSERT INTO videos (id, idempotency_key, job, model, status, created_at) VALUES (?, ?, ?, ?, ?, ?)"
-                " ON CONFLICT DO NOTHING",
-                (job.id, idempotency_key, job.model_dump_json(), model, VideoStatus.QUEUED, time.time()),
+                "INSERT INTO videos (id, tenant, idempotency_key, job, model, status, created_at)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                (job.id, tenant, idempotency_key, job.model_dump_json(), model, VideoStatus.QUEUED, time.time()),
             )
             if created.rowcount:
                 self._claim(job.id, files)
-        video = self.find(job.id, idempotency_key)
+        video = self.find(job.id, idempotency_key, tenant)
         assert video is not None
         return video
 
-    def find(self, video_id: str, idempotency_key: str | None) -> Video | None:
-        """The job with this id or this idempotency key."""
+    def find(self, video_id: str, idempotency_key: str | None, tenant: str | None = None) -> Video | None:
+        """The job with this id or this idempotency key of the tenant's."""
         row = self._connection.execute(
-            "SELECT * FROM videos WHERE id = ? OR idempotency_key = ?", (video_id, idempotency_key)
+            "SELECT * FROM videos WHERE id = ?1 OR (idempotency_key = ?2 AND ifnull(tenant, '') = ifnull(?3, ''))",
+            (video_id, idempotency_key, tenant),
         ).fetchone()
-        return row and _video(row)
+        return row and self._video(row)
 
-    def get(self, video_id: str) -> Video:
-        return _video(self._row(video_id))
+    def get(self, video_id: str, tenant: str | None = None) -> Video:
+        """Raises `APIError` 404 for one that is unknown, or another tenant's."""
+        return self._video(self._row(video_id, tenant))
 
     def attempts(self, video_id: str) -> int:
         """How many times the computation of the job began."""
         return self._row(video_id)["attempts"]
 
-    def page(self, after: str | None, limit: int, order: Literal["asc", "desc"]) -> VideoPage:
+    def page(
+        self, after: str | None, limit: int, order: Literal["asc", "desc"], tenant: str | None = None
+    ) -> VideoPage:
         """At most `limit` jobs in order of arrival (`desc`: the newest first), those that follow `after`."""
         beyond, direction = ("<", "DESC") if order == "desc" else (">", "ASC")
-        where, position = "", []
+        conditions: dict[str, Any] = {} if tenant is None else {"tenant = ?": tenant}
         if after is not None:
-            start = self._connection.execute("SELECT position FROM videos WHERE id = ?", (after,)).fetchone()
-            if start is None:
-                raise APIError(404, f"No video with id '{after}'", param="after", code="video_not_found")
-            where, position = f"WHERE position {beyond} ?", [start["position"]]
+            try:
+                conditions[f"position {beyond} ?"] = self._row(after, tenant)["position"]
+            except APIError as error:
+                error.param = "after"
+                raise
+        where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
         rows = self._connection.execute(
-            f"SELECT * FROM videos {where} ORDER BY position {direction} LIMIT ?", (*position, limit + 1)
+            f"SELECT * FROM videos {where} ORDER BY position {direction} LIMIT ?", (*conditions.values(), limit + 1)
         ).fetchall()
-        return VideoPage(videos=tuple(_video(row) for row in rows[:limit]), has_more=len(rows) > limit)
+        return VideoPage(videos=tuple(self._video(row) for row in rows[:limit]), has_more=len(rows) > limit)
 
     def unfinished(self) -> list[Video]:
         """The queued and the running jobs, the oldest first."""
@@ -146,7 +129,7 @@ class JobStore:
             "SELECT * FROM videos WHERE status IN (?, ?) ORDER BY position",
             (VideoStatus.QUEUED, VideoStatus.IN_PROGRESS),
         )
-        return [_video(row) for row in rows]
+        return [self._video(row) for row in rows]
 
     def count_unfinished(self) -> int:
         return self._connection.execute(
@@ -171,15 +154,16 @@ class JobStore:
             status = VideoStatus(self._row(video_id)["status"])
             if to not in TRANSITIONS[status]:
                 raise IllegalTransition(f"video {video_id}: {status} -> {to}")
-            completed = to is VideoStatus.COMPLETED
+            finished = not TRANSITIONS[to]
+            self.num_finished += finished
             self._connection.execute(
-                "UPDATE videos SET status = ?, attempts = attempts + ?, progress = max(progress, ?), completed_at = ?,"
+                "UPDATE videos SET status = ?, attempts = attempts + ?, progress = max(progress, ?), finished_at = ?,"
                 " error_code = ?, error_message = ?, timings = ? WHERE id = ?",
                 (
                     to,
                     to is VideoStatus.IN_PROGRESS,
-                    100 if completed else 0,
-                    time.time() if completed else None,
+                    100 if to is VideoStatus.COMPLETED else 0,
+                    time.time() if finished else None,
                     error and error.code,
                     error and error.message,
                     json.dumps(dict(timings or {})),
@@ -204,17 +188,50 @@ class JobStore:
             self._connection.execute("DELETE FROM videos WHERE id = ?", (video_id,))
             return self._claim(video_id, ())
 
-    def add_image(self, image_id: str, output_format: str, files: Collection[str]) -> None:
+    def remove_older_than(self, seconds: float) -> list[str]:
+        """Forget the jobs and pictures that were finished so long ago. Returns the keys of their files."""
+        due = self._connection.execute("SELECT id FROM finished WHERE finished_at <= ?", (time.time() - seconds,))
+        return self._remove([row["id"] for row in due])
+
+    def remove_oldest_beyond(self, num_bytes: int) -> list[str]:
+        """Forget finished jobs and pictures, the oldest first, until the files of the others have no more than
+        `num_bytes`. Returns the keys of theirs."""
+        stored = "SELECT sum(num_bytes) FROM files WHERE owner IN (SELECT id FROM finished)"
+        surplus = (self._connection.execute(stored).fetchone()[0] or 0) - num_bytes
+        due = []
+        for row in self._connection.execute(
+            "SELECT id, (SELECT sum(num_bytes) FROM files WHERE owner = id) AS size FROM finished ORDER BY finished_at"
+        ):
+            if surplus <= 0:
+                break
+            if row["size"]:  # to forget a failed job would make no room
+                due.append(row["id"])
+                surplus -= row["size"]
+        return self._remove(due)
+
+    def _remove(self, ids: Collection[str]) -> list[str]:
+        if not ids:
+            return []
+        with self._transaction():
+            for table in ("videos", "images"):
+                self._connection.executemany(f"DELETE FROM {table} WHERE id = ?", [(name,) for name in ids])
+            return [key for name in ids for key in self._claim(name, ())]
+
+    def add_image(self, image_id: str, output_format: str, files: Collection[str], tenant: str | None = None) -> None:
         """Record a stored picture (or several of one job) that owns `files`."""
         with self._transaction():
             self._connection.execute(
-                "INSERT INTO images VALUES (?, ?, ?) ON CONFLICT DO NOTHING", (image_id, output_format, time.time())
+                "INSERT INTO images (id, tenant, output_format, created_at) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                (image_id, tenant, output_format, time.time()),
             )
             self._claim(image_id, files)
+            self.num_finished += 1
 
-    def image_format(self, image_id: str) -> str:
-        """png, webp or jpeg. Raises `APIError` 404."""
-        row = self._connection.execute("SELECT output_format FROM images WHERE id = ?", (image_id,)).fetchone()
+    def image_format(self, image_id: str, tenant: str | None = None) -> str:
+        """png, webp or jpeg. Raises `APIError` 404 for one that is unknown, or another tenant's."""
+        row = self._connection.execute(
+            "SELECT output_format FROM images WHERE id = ?1 AND tenant IS ifnull(?2, tenant)", (image_id, tenant)
+        ).fetchone()
         if row is None:
             raise not_found("image", image_id)
         return row["output_format"]
@@ -228,12 +245,18 @@ class JobStore:
         row = self._connection.execute("SELECT value FROM notes WHERE name = ?", (name,)).fetchone()
         return row and json.loads(row["value"])
 
-    def reserve(self, keys: Iterable[str]) -> None:
-        """Record files that are about to be written: should the process die now, they are deleted at the next start."""
+    def reserve(self, sizes: Mapping[str, int]) -> None:
+        """Record files that are about to be written, with their bytes: should the process die now, they are deleted at
+        the next start."""
         with self._transaction():
             self._connection.executemany(
-                "INSERT INTO files VALUES (?, NULL) ON CONFLICT DO NOTHING", [(key,) for key in keys]
+                "INSERT INTO files (key, num_bytes) VALUES (?1, ?2) ON CONFLICT DO UPDATE SET num_bytes = ?2",
+                sizes.items(),
             )
+
+    def unmeasured(self) -> list[str]:
+        """Keys of files whose bytes were not recorded."""
+        return [row["key"] for row in self._connection.execute("SELECT key FROM files WHERE num_bytes IS NULL")]
 
     def owns(self, owner: str, key: str) -> bool:
         found = self._connection.execute("SELECT 1 FROM files WHERE key = ? AND owner = ?", (key, owner))
@@ -253,12 +276,15 @@ class JobStore:
         before = [row["key"] for row in self._connection.execute("SELECT key FROM files WHERE owner = ?", (owner,))]
         self._connection.execute("UPDATE files SET owner = NULL WHERE owner = ?", (owner,))
         self._connection.executemany(
-            "INSERT INTO files VALUES (?1, ?2) ON CONFLICT DO UPDATE SET owner = ?2", [(key, owner) for key in keys]
+            "INSERT INTO files (key, owner) VALUES (?1, ?2) ON CONFLICT DO UPDATE SET owner = ?2",
+            [(key, owner) for key in keys],
         )
         return [key for key in before if key not in keys]
 
-    def _row(self, video_id: str) -> sqlite3.Row:
-        row = self._connection.execute("SELECT * FROM videos WHERE id = ?", (video_id,)).fetchone()
+    def _row(self, video_id: str, tenant: str | None = None) -> sqlite3.Row:
+        row = self._connection.execute(
+            "SELECT * FROM videos WHERE id = ?1 AND tenant IS ifnull(?2, tenant)", (video_id, tenant)
+        ).fetchone()
         if row is None:
             raise not_found("video", video_id)
         return row
@@ -269,22 +295,17 @@ class JobStore:
         with self._connection:  # commits, or rolls back
             yield
 
-    def _migrate(self, path: str) -> None:
-        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > len(_MIGRATIONS):
-            raise RuntimeError(f"{path} has schema version {version}; this server knows {len(_MIGRATIONS)}")
-        for target, script in enumerate(_MIGRATIONS[version:], start=version + 1):
-            self._connection.executescript(f"BEGIN; {script} PRAGMA user_version = {target}; COMMIT;")
-
-
-def _video(row: sqlite3.Row) -> Video:
-    return Video(
-        job=Job.model_validate_json(row["job"]),
-        model=row["model"],
-        status=VideoStatus(row["status"]),
-        progress=row["progress"],
-        created_at=int(row["created_at"]),
-        completed_at=None if row["completed_at"] is None else int(row["completed_at"]),
-        error=None if row["error_code"] is None else VideoError(row["error_code"], row["error_message"]),
-        timings=json.loads(row["timings"]),
-    )
+    def _video(self, row: sqlite3.Row) -> Video:
+        status = VideoStatus(row["status"])
+        finished_at = row["finished_at"]
+        return Video(
+            job=Job.model_validate_json(row["job"]),
+            model=row["model"],
+            status=status,
+            progress=row["progress"],
+            created_at=int(row["created_at"]),
+            completed_at=int(finished_at) if status is VideoStatus.COMPLETED else None,
+            expires_at=None if finished_at is None or self._ttl_s is None else int(finished_at + self._ttl_s),
+            error=None if row["error_code"] is None else VideoError(row["error_code"], row["error_message"]),
+            timings=json.loads(row["timings"]),
+        )

@@ -30,6 +30,7 @@ from deployments.interfaces import (
 )
 from deployments.jobs import JobStore
 from deployments.propagation import Composition
+from deployments.retention import Retention
 from deployments.storage import Storage
 from deployments.video_runner import VideoRunner
 from pipelines.job import Job, LoRASpec, Media
@@ -57,13 +58,15 @@ class State:
 
         `engine` is called in this process when a job first needs it, until it no longer raises `APIError` 503.
         """
-        self._jobs = JobStore(args.state_path)
+        self._jobs = JobStore(args.state_path, ttl_s=args.video_ttl)
         self._content = ContentStore(self._jobs, Storage(args.output_path))
         self._runner = VideoRunner(self._jobs, self._content, engine, max_retries=args.max_retries)
         self._max_unfinished = args.max_queue
         self._content.sweep()
         for video in self._jobs.unfinished():
             self._runner.start(video.job)
+        retention = Retention(self._jobs, self._content, ttl_s=args.video_ttl, max_bytes=args.storage_bytes)
+        self._retention = asyncio.create_task(retention.enforce())
         self._adapters = AdapterRegistry(engine, cache_bytes=args.lora_cache_bytes, switch=args.lora_switch)
         self._adapters_known = asyncio.create_task(self._recall_adapters())
         self._adapters_open = asyncio.create_task(self._set_startup_adapter(args))
@@ -72,11 +75,15 @@ class State:
         """Stop working and let go of the files. The next `State` on the same paths goes on."""
         self._adapters_known.cancel()
         self._adapters_open.cancel()
+        self._retention.cancel()
+        await asyncio.wait([self._retention])
         await self._runner.stop_all()
         self._jobs.close()
 
-    async def create_video(self, job: Job, media: Media, model: str, idempotency_key: str | None = None) -> Video:
-        if video := self._jobs.find(job.id, idempotency_key):
+    async def create_video(
+        self, job: Job, media: Media, model: str, idempotency_key: str | None = None, tenant: str | None = None
+    ) -> Video:
+        if video := self._jobs.find(job.id, idempotency_key, tenant):
             return video
         inputs = {input_key(job.id, name): data for name, data in media.items()}
         await self._content.write(inputs)
@@ -88,47 +95,51 @@ class State:
                 code="queue_full",
                 headers={"Retry-After": RETRY_AFTER_SECONDS},
             )
-        video = self._jobs.create(job, model, idempotency_key, inputs)
+        video = self._jobs.create(job, model, idempotency_key, inputs, tenant)
         if video.job.id == job.id:
             self._runner.start(job)
         else:  # another call with the same idempotency key was faster
             await self._content.discard(inputs)
         return video
 
-    async def get_video(self, video_id: str) -> Video:
-        return self._jobs.get(video_id)
+    async def get_video(self, video_id: str, tenant: str | None = None) -> Video:
+        return self._jobs.get(video_id, tenant)
 
-    async def list_videos(self, after: str | None, limit: int, order: Literal["asc", "desc"]) -> VideoPage:
-        return self._jobs.page(after, limit, order)
+    async def list_videos(
+        self, after: str | None, limit: int, order: Literal["asc", "desc"], tenant: str | None = None
+    ) -> VideoPage:
+        return self._jobs.page(after, limit, order, tenant)
 
-    async def cancel_video(self, video_id: str) -> Video:
-        self._jobs.get(video_id)
+    async def cancel_video(self, video_id: str, tenant: str | None = None) -> Video:
+        self._jobs.get(video_id, tenant)
         await self._runner.stop(video_id)
         if not self._jobs.get(video_id).finished:
             error = VideoError("cancelled", "The video was cancelled")
             await self._content.discard(self._jobs.transition(video_id, VideoStatus.FAILED, error=error, files=()))
         return self._jobs.get(video_id)
 
-    async def delete_video(self, video_id: str) -> None:
-        self._jobs.get(video_id)
+    async def delete_video(self, video_id: str, tenant: str | None = None) -> None:
+        self._jobs.get(video_id, tenant)
         await self._runner.stop(video_id)
         await self._content.discard(self._jobs.delete(video_id))
 
-    async def video_content(self, video_id: str, variant: Variant, index: int = 0) -> Content:
-        video = self._jobs.get(video_id)
+    async def video_content(
+        self, video_id: str, variant: Variant, index: int = 0, tenant: str | None = None
+    ) -> Content:
+        video = self._jobs.get(video_id, tenant)
         if video.error is not None:
             raise APIError(404, f"Generation failed: {video.error.message}", code=video.error.code)
         if video.status is not VideoStatus.COMPLETED:
             raise APIError(404, "Generation is still in progress", code="video_not_ready")
         return await self._content.video(video_id, len(video.job.seeds), variant, index)
 
-    async def store_image(self, job: Job, outputs: Sequence[bytes]) -> None:
+    async def store_image(self, job: Job, outputs: Sequence[bytes], tenant: str | None = None) -> None:
         files = {image_key(job.id, index, job.output_format): data for index, data in enumerate(outputs)}
         await self._content.write(files)
-        self._jobs.add_image(job.id, job.output_format, files)
+        self._jobs.add_image(job.id, job.output_format, files, tenant)
 
-    async def image_content(self, image_id: str, index: int = 0) -> Content:
-        return await self._content.image(image_id, index)
+    async def image_content(self, image_id: str, index: int = 0, tenant: str | None = None) -> Content:
+        return await self._content.image(image_id, index, tenant)
 
     async def read(self, key: str, offset: int, length: int) -> bytes:
         return await self._content.read(key, offset, length)

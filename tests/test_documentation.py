@@ -86,7 +86,7 @@ def flags_table() -> str:
     """The table of flags that `ServerArgs` amounts to."""
     rows = ["| flag | default | |", "|---|---|---|"]
     for name, info in ServerArgs.model_fields.items():
-        default = "" if info.default is None else f"`{str(info.default).lower()}`"
+        default = "" if info.default in (None, ()) else f"`{str(info.default).lower()}`"
         choices = [value for value in get_args(info.annotation) if isinstance(value, str)]
         values = f" ({', '.join(choices)})" if choices else ""
         rows.append(f"| `--{name.replace('_', '-')}` | {default} | {info.description}{values} |")

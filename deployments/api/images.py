@@ -9,16 +9,18 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 
+from deployments.api.authentication import Known
 from deployments.api.body import read_fields
 from deployments.api.content import content_response
 from deployments.api.disconnect import cancelled_on_disconnect
 from deployments.api.event_stream import EventStream, Frames
-from deployments.api.jobs import Submission, image_submission
+from deployments.api.jobs import Submission, image_submission, require_right_to_load
 from deployments.api.openapi import JSON, MULTIPART, errors, event_stream, files, request_body
 from deployments.api.protocol.answers import CompletedImageEvent, ImageData, ImagesResponse, PartialImageEvent
 from deployments.api.protocol.requests import ImageEditRequest, ImageGenerationRequest, ImageRequest
 from deployments.api.services import Served, Services
 from deployments.errors import APIError
+from deployments.keys import Caller
 from pipelines.job import Preview, Progress, Result
 
 router = APIRouter(prefix="/v1/images", tags=["Images"])
@@ -30,7 +32,7 @@ _ANSWERS = {200: {"model": ImagesResponse, "content": event_stream()}, **errors(
 
 
 @router.post("/generations", responses=_ANSWERS, openapi_extra=request_body(ImageGenerationRequest, JSON))
-async def create_image(request: Request, services: Served) -> Response:
+async def create_image(request: Request, services: Served, caller: Known) -> Response:
     """Make pictures from a prompt."""
     wanted = ImageGenerationRequest.parse(await read_fields(request))
     if wanted.response_format == "url":
@@ -40,14 +42,14 @@ async def create_image(request: Request, services: Served) -> Response:
             param="response_format",
             code="invalid_value",
         )
-    return await _answer(request, services, wanted, "image_generation")
+    return await _answer(request, services, caller, wanted, "image_generation")
 
 
 @router.post("/edits", responses=_ANSWERS, openapi_extra=request_body(ImageEditRequest, MULTIPART, JSON))
-async def edit_image(request: Request, services: Served) -> Response:
+async def edit_image(request: Request, services: Served, caller: Known) -> Response:
     """Make pictures from a prompt and one or several pictures, within a mask if one is given."""
     wanted = ImageEditRequest.parse(await read_fields(request, max_images=MAX_INPUT_FILES))
-    return await _answer(request, services, wanted, "image_edit")
+    return await _answer(request, services, caller, wanted, "image_edit")
 
 
 @router.head("/{image_id}/content", include_in_schema=False)
@@ -59,23 +61,30 @@ async def image_content(
     request: Request,
     image_id: str,
     services: Served,
+    caller: Known,
     variant: Annotated[int, Query(ge=0, description="Which of several pictures, from 0.")] = 0,
 ) -> Response:
     """Download a picture that was made with `response_format` `url`."""
-    return await content_response(request, services.state, await services.state.image_content(image_id, variant))
+    content = await services.state.image_content(image_id, variant, caller.tenant)
+    return await content_response(request, services.state, content)
 
 
 async def _answer(
-    request: Request, services: Services, wanted: ImageRequest, event: Literal["image_generation", "image_edit"]
+    request: Request,
+    services: Services,
+    caller: Caller,
+    wanted: ImageRequest,
+    event: Literal["image_generation", "image_edit"],
 ) -> Response:
     if wanted.stream and wanted.response_format == "url":
         raise APIError(400, "A stream carries b64_json, not urls", param="response_format", code="invalid_value")
+    require_right_to_load(caller, wanted.lora)
     submission = await image_submission(wanted, services)
     if wanted.stream:
         return EventStream(_frames(services, submission, event))
     async with cancelled_on_disconnect(request.receive):
         result = await _result(services, submission)
-    images = await _images(services, submission, result, wanted.response_format)
+    images = await _images(services, caller, submission, result, wanted.response_format)
     job = submission.job
     answer = ImagesResponse(
         id=job.id,
@@ -97,7 +106,11 @@ async def _result(services: Services, submission: Submission) -> Result:
 
 
 async def _images(
-    services: Services, submission: Submission, result: Result, response_format: Literal["b64_json", "url"]
+    services: Services,
+    caller: Caller,
+    submission: Submission,
+    result: Result,
+    response_format: Literal["b64_json", "url"],
 ) -> list[ImageData]:
     job = submission.job
     if response_format == "b64_json":
@@ -105,7 +118,7 @@ async def _images(
             ImageData(b64_json=b64encode(output.data).decode(), seed=seed)
             for output, seed in zip(result.outputs, job.seeds, strict=True)
         ]
-    await services.state.store_image(job, [output.data for output in result.outputs])
+    await services.state.store_image(job, [output.data for output in result.outputs], caller.tenant)
     url = f"{(services.args.public_url or '').rstrip('/')}/v1/images/{job.id}/content"
     if len(job.seeds) == 1:
         return [ImageData(url=url, seed=job.seeds[0])]

@@ -19,6 +19,7 @@ from deployments.api.protocol.requests import (
 from deployments.api.services import Services
 from deployments.errors import APIError
 from deployments.interfaces import LoRARequest
+from deployments.keys import Caller
 from pipelines.job import Job, Media, Task, content_key
 
 MAX_PIXELS = 3840 * 2160
@@ -188,6 +189,16 @@ def _family_parameters(
             raise _refused("strength", "it says how far an output may leave an input image, and none is given")
         values["strength"] = None
     return values
+
+
+def require_right_to_load(caller: Caller, choices: list[str | LoRAChoice] | None) -> None:
+    """Anybody may use what is loaded, but a path has the server read its disk or the Hugging Face Hub.
+
+    Raises:
+        APIError: 401 or 403; a choice has a path, and the caller is no admin.
+    """
+    if any(isinstance(choice, LoRAChoice) and choice.path is not None for choice in choices or ()):
+        caller.require_admin("An adapter by its path")
 
 
 def _lora_requests(choices: list[str | LoRAChoice]) -> list[LoRARequest]:

@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 
 from configs.server_args import ServerArgs
 from deployments.interfaces import Engine, State
+from deployments.keys import OPEN, Keyring
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Services:
     args: ServerArgs
     engine: Engine
     state: State
+    keyring: Keyring = OPEN
 
 
 def _services(request: Request) -> Services:

@@ -6,9 +6,10 @@ from typing import Annotated, Literal, get_args
 
 from fastapi import APIRouter, Header, Query, Request, Response
 
+from deployments.api.authentication import Known
 from deployments.api.body import read_fields
 from deployments.api.content import content_response
-from deployments.api.jobs import video_submission
+from deployments.api.jobs import require_right_to_load, video_submission
 from deployments.api.openapi import JSON, MULTIPART, URLENCODED, errors, files, request_body
 from deployments.api.protocol.answers import DeletedVideo, VideoErrorObject, VideoList, VideoObject
 from deployments.api.protocol.requests import VideoRequest
@@ -30,26 +31,30 @@ POLL_AFTER_MS = 1000
 async def create_video(
     request: Request,
     services: Served,
+    caller: Known,
     idempotency_key: Annotated[
         str | None, Header(max_length=255, description="Requests with the same key give the same video.")
     ] = None,
 ) -> VideoObject:
     """Start making a video from a prompt, and from an image if one is given."""
     wanted = VideoRequest.parse(await read_fields(request, max_images=1))
+    require_right_to_load(caller, wanted.lora)
     submission = await video_submission(wanted, services)
     card = await services.engine.card()
-    return _object(await services.state.create_video(submission.job, submission.media, card.id, idempotency_key))
+    video = await services.state.create_video(submission.job, submission.media, card.id, idempotency_key, caller.tenant)
+    return _object(video)
 
 
 @router.get("", responses=errors(400, 404))
 async def list_videos(
     services: Served,
+    caller: Known,
     after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Annotated[Literal["asc", "desc"], Query(description="By time of creation.")] = "desc",
 ) -> VideoList:
-    """List videos, page by page."""
-    page = await services.state.list_videos(after, limit, order)
+    """List the caller's videos, page by page."""
+    page = await services.state.list_videos(after, limit, order, caller.tenant)
     data = [_object(video) for video in page.videos]
     return VideoList(
         data=data,
@@ -60,25 +65,25 @@ async def list_videos(
 
 
 @router.get("/{video_id}", responses=errors(404))
-async def get_video(video_id: str, services: Served, response: Response) -> VideoObject:
+async def get_video(video_id: str, services: Served, caller: Known, response: Response) -> VideoObject:
     """Tell how far a video is."""
-    video = await services.state.get_video(video_id)
+    video = await services.state.get_video(video_id, caller.tenant)
     if not video.finished:
         response.headers["openai-poll-after-ms"] = str(POLL_AFTER_MS)
     return _object(video)
 
 
 @router.post("/{video_id}/cancel", responses=errors(404))
-async def cancel_video(video_id: str, services: Served) -> VideoObject:
+async def cancel_video(video_id: str, services: Served, caller: Known) -> VideoObject:
     """Stop making a video, within a denoising step. It stays listed, as failed with the error code `cancelled`; a
     finished one stays as it is."""
-    return _object(await services.state.cancel_video(video_id))
+    return _object(await services.state.cancel_video(video_id, caller.tenant))
 
 
 @router.delete("/{video_id}", responses=errors(404))
-async def delete_video(video_id: str, services: Served) -> DeletedVideo:
+async def delete_video(video_id: str, services: Served, caller: Known) -> DeletedVideo:
     """Delete a video and its files. One that is being made is stopped within a denoising step."""
-    await services.state.delete_video(video_id)
+    await services.state.delete_video(video_id, caller.tenant)
     return DeletedVideo(id=video_id)
 
 
@@ -90,6 +95,7 @@ async def video_content(
     request: Request,
     video_id: str,
     services: Served,
+    caller: Known,
     variant: Annotated[
         str, Query(description="`video`, `thumbnail`, `spritesheet`, or the number of a clip, from 0.")
     ] = "video",
@@ -97,7 +103,7 @@ async def video_content(
 ) -> Response:
     """Download a finished video, its first frame as a WebP, or a JPEG grid of its frames."""
     kind, clip = _variant(variant, index)
-    content = await services.state.video_content(video_id, kind, clip)
+    content = await services.state.video_content(video_id, kind, clip, caller.tenant)
     return await content_response(request, services.state, content)
 
 

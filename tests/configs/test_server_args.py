@@ -47,6 +47,8 @@ def test_null_means_left_out() -> None:
         {"lora_cache_bytes": -1},
         {"num_cpus_per_rank": 0},
         {"log_level": "loud"},
+        {"video_ttl": 0},
+        {"storage_bytes": -1},
     ],
     ids=lambda field: "=".join(map(str, *field.items())),
 )
@@ -67,8 +69,12 @@ def test_degrees_that_do_not_multiply_are_refused_with_the_equation() -> None:
         ServerArgs(num_gpus=4, ulysses_degree=3)
 
 
+def test_a_single_key_need_not_be_a_list() -> None:
+    assert ServerArgs(api_key="one").api_key == ServerArgs(api_key=["one"]).api_key == ("one",)
+
+
 def test_it_survives_the_way_through_yaml_and_json() -> None:
-    args = ServerArgs(num_gpus=4, ring_degree=2, lora_path="adapters/ink.safetensors")
+    args = ServerArgs(num_gpus=4, ring_degree=2, lora_path="adapters/ink.safetensors", api_key=["one", "two"])
     assert ServerArgs.model_validate(args.model_dump()) == args
     assert ServerArgs.model_validate_json(args.model_dump_json()) == args
 

@@ -47,6 +47,11 @@ def test_truth_values_are_bare_flags_or_spelled_out(capsys: pytest.CaptureFixtur
     }
 
 
+def test_a_flag_with_several_values_is_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    config = printed_config(capsys, "--api-key", "one", "--api-key", "two", "--admin-api-key", "three")
+    assert config["applications"][0]["args"] == {"api_key": ["one", "two"], "admin_api_key": ["three"]}
+
+
 def test_degrees_that_do_not_multiply_are_refused_with_the_equation(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--num-gpus", "4", "--ulysses-degree", "3", "--ring-degree", "1"]) == 2
     assert (
@@ -60,6 +65,8 @@ def test_degrees_that_do_not_multiply_are_refused_with_the_equation(capsys: pyte
     [
         (["--port", "70000"], "--port: Input should be less than or equal to 65535"),
         (["--num-gpus", "0"], "--num-gpus: Input should be greater than or equal to 1"),
+        (["--api-key", "two words"], "--api-key: String should match pattern"),
+        (["--video-ttl", "0"], "--video-ttl: Input should be greater than 0"),
         (["--dit-cpu-offload", "--dit-layerwise-offload"], "exclude each other"),
     ],
 )
@@ -77,6 +84,11 @@ def test_an_unknown_flag_or_value_ends_with_status_2(flags: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["serve", *flags])
     assert exit_.value.code == 2
+
+
+def test_a_key_is_not_repeated_by_its_refusal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--api-key", "two words"]) == 2
+    assert "two words" not in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from deployments import jobs
+from deployments import jobs, schema
 from deployments.errors import APIError
 from deployments.interfaces import VideoError, VideoStatus
 from deployments.jobs import TRANSITIONS, IllegalTransition, JobStore
@@ -210,9 +211,126 @@ class TestIdempotency:
         assert store.create(a_job("video_2"), "wan", "key", ()).job.id == "video_2"
 
 
+ALICE, BOB = "digest of a key", "digest of another"
+
+
+class TestTenants:
+    @pytest.fixture
+    def videos(self, store: JobStore) -> dict[str, str | None]:
+        """Tenants by video: one of Alice's, one of Bob's, one of nobody's."""
+        tenants = {"video_1": ALICE, "video_2": BOB, "video_3": None}
+        for video_id, tenant in tenants.items():
+            store.create(a_job(video_id), "wan", None, (), tenant)
+        return tenants
+
+    @pytest.mark.parametrize("tenant", [ALICE, BOB])
+    def test_see_their_own_jobs_and_no_others(self, store: JobStore, videos: dict[str, str | None], tenant: str):
+        seen = [video.job.id for video in store.page(None, 10, "asc", tenant).videos]
+        assert seen == [video_id for video_id, its in videos.items() if its == tenant]
+        for video_id in videos.keys() - seen:
+            for call in (store.get, lambda video_id, tenant: store.page(video_id, 10, "asc", tenant)):
+                with pytest.raises(APIError) as error:
+                    call(video_id, tenant)
+                assert (error.value.status, error.value.code) == (404, "video_not_found")
+
+    def test_are_told_of_anothers_job_what_they_are_told_of_none(self, store: JobStore, videos):
+        told = []
+        for video_id in ("video_2", "video_9"):
+            with pytest.raises(APIError) as error:
+                store.get(video_id, ALICE)
+            told.append(str(error.value).replace(video_id, "ID"))
+        assert told[0] == told[1]
+
+    def test_none_sees_all(self, store: JobStore, videos: dict[str, str | None]):
+        assert [video.job.id for video in store.page(None, 10, "asc").videos] == list(videos)
+        assert [store.get(video_id).job.id for video_id in videos] == list(videos)
+
+    def test_page_through_their_own_jobs_only(self, store: JobStore):
+        for index in range(6):
+            store.create(a_job(f"video_{index}"), "wan", None, (), ALICE if index % 2 else BOB)
+        first = store.page(None, 2, "desc", ALICE)
+        assert ([video.job.id for video in first.videos], first.has_more) == (["video_5", "video_3"], True)
+        last = store.page("video_3", 2, "desc", ALICE)
+        assert ([video.job.id for video in last.videos], last.has_more) == (["video_1"], False)
+
+    def test_have_idempotency_keys_of_their_own(self, store: JobStore):
+        videos = {
+            tenant: store.create(a_job(f"video_{index}"), "wan", "key", (), tenant)
+            for index, tenant in enumerate((ALICE, BOB, None))
+        }
+        assert len({video.job.id for video in videos.values()}) == 3
+        for tenant, video in videos.items():
+            assert store.create(a_job("video_again"), "wan", "key", (), tenant) == video
+
+    def test_have_pictures_of_their_own(self, store: JobStore):
+        store.add_image("image_1", "png", (), ALICE)
+        assert store.image_format("image_1", ALICE) == store.image_format("image_1") == "png"
+        with pytest.raises(APIError, match="No image with id 'image_1'"):
+            store.image_format("image_1", BOB)
+
+
+class TestRetention:
+    @pytest.fixture
+    def filled(self, store: JobStore) -> JobStore:
+        """Finished in this order: a failed video, one of 100 bytes, a picture of 30, a video of 50. Two go on."""
+        a_video(store, FAILED, "video_failed")
+        for video_id, size in [("video_100", 100), ("image_30", 30), ("video_50", 50)]:
+            store.reserve({f"file_{video_id}": size})
+            if video_id.startswith("image"):
+                store.add_image(video_id, "png", [f"file_{video_id}"])
+            else:
+                a_video(store, IN_PROGRESS, video_id)
+                store.transition(video_id, COMPLETED, files=[f"file_{video_id}"])
+        store.reserve({"input": 1000})
+        store.create(a_job("video_queued"), "wan", None, ["input"])
+        a_video(store, IN_PROGRESS, "video_running")
+        return store
+
+    @pytest.mark.parametrize(
+        ("budget", "gone"),
+        [
+            (180, []),
+            (179, ["video_100"]),
+            (80, ["video_100"]),
+            (79, ["video_100", "image_30"]),
+            (0, ["video_100", "image_30", "video_50"]),
+        ],
+    )
+    def test_by_bytes_takes_the_oldest_until_the_rest_has_room(self, filled: JobStore, budget: int, gone: list[str]):
+        assert filled.remove_oldest_beyond(budget) == [f"file_{name}" for name in gone]
+        assert filled.unowned() == [f"file_{name}" for name in gone]
+        left = {video.job.id for video in filled.page(None, 10, "asc").videos}
+        assert left == {"video_failed", "video_queued", "video_running", "video_100", "video_50"} - set(gone)
+        assert filled.owns("video_queued", "input")
+        assert filled.remove_oldest_beyond(budget) == []
+
+    def test_by_age_takes_what_was_finished_too_long_ago(self, filled: JobStore):
+        assert filled.remove_older_than(60) == []
+        assert sorted(filled.remove_older_than(0)) == ["file_image_30", "file_video_100", "file_video_50"]
+        assert [video.job.id for video in filled.page(None, 10, "asc").videos] == ["video_queued", "video_running"]
+        with pytest.raises(APIError, match="No image"):
+            filled.image_format("image_30")
+
+    def test_tells_when_a_finished_job_will_go(self, path: str):
+        store = JobStore(path, ttl_s=3600)
+        for status in VideoStatus:
+            video = store.get(a_video(store, status, f"video_{status}"))
+            expected = pytest.approx(time.time() + 3600, abs=5) if status in (COMPLETED, FAILED) else None
+            assert video.expires_at == expected
+        store.close()
+
+    def test_counts_a_file_that_is_written_again_once(self, store: JobStore):
+        a_video(store, IN_PROGRESS)
+        for size in (70, 40):
+            store.reserve({"clip": size})
+        store.transition("video_1", COMPLETED, files=["clip"])
+        assert store.remove_oldest_beyond(40) == []
+        assert store.remove_oldest_beyond(39) == ["clip"]
+
+
 class TestFiles:
     def test_belong_to_nobody_until_a_record_is_written(self, store: JobStore):
-        store.reserve(["a", "b"])
+        store.reserve({"a": 1, "b": 2})
         assert sorted(store.unowned()) == ["a", "b"]
         store.create(a_job("video_1"), "wan", None, ["a"])
         assert store.unowned() == ["b"]
@@ -224,7 +342,7 @@ class TestFiles:
         store.create(a_job("video_1"), "wan", None, ["input"])
         assert store.transition("video_1", IN_PROGRESS) == []
         assert store.owns("video_1", "input")
-        store.reserve(["clip"])
+        store.reserve({"clip": 1})
         assert store.transition("video_1", COMPLETED, files=["clip"]) == ["input"]
         assert store.owns("video_1", "clip")
         assert store.unowned() == ["input"]
@@ -257,7 +375,7 @@ class TestTheFile:
         for status in VideoStatus:
             a_video(store, status, f"video_{status}")
         store.advance("video_in_progress", 40)
-        store.reserve(["half"])
+        store.reserve({"half": 1})
         before = store.page(None, 10, "desc")
         store.close()
 
@@ -285,16 +403,39 @@ class TestTheFile:
         assert Path(path).read_bytes() == before
 
     def test_of_an_older_server_is_brought_up_to_date(self, path: str, monkeypatch: pytest.MonkeyPatch):
-        old = JobStore(path)
-        a_video(old, COMPLETED)
-        old.close()
-        further = "ALTER TABLE videos ADD COLUMN owner TEXT NOT NULL DEFAULT 'nobody';"
-        monkeypatch.setattr(jobs, "_MIGRATIONS", (*jobs._MIGRATIONS, further))
-        store = JobStore(path)
-        assert store._row("video_1")["owner"] == "nobody"
-        assert store.get("video_1").status is COMPLETED
+        monkeypatch.setattr(schema, "MIGRATIONS", FIRST_MIGRATIONS)
+        Path(path).parent.mkdir()
+        with closing(sqlite3.connect(path)) as connection:
+            schema.migrate(connection)
+            connection.executescript(AN_OLD_FILE.replace("JOB", a_job("video_1").model_dump_json()))
+        monkeypatch.undo()
+
+        store = JobStore(path, ttl_s=60)
+        failed, completed, running = store.page(None, 10, "asc").videos
+        assert [video.status for video in (failed, completed, running)] == [FAILED, COMPLETED, IN_PROGRESS]
+        assert (failed.completed_at, completed.completed_at, running.completed_at) == (None, 30, None)
+        assert (failed.expires_at, completed.expires_at, running.expires_at) == (70, 90, None)
+        assert store.find("video_new", "key") == completed
+        assert store.image_format("image_1") == "webp"
+        assert store.unmeasured() == ["clip"]
+        assert store.owns("video_2", "clip")
+        store.create(a_job("video_4"), "wan", None, ())
+        assert store.page(None, 1, "desc").videos[0].job.id == "video_4"
         store.close()
         JobStore(path).close()  # the second time there is nothing to do
+
+
+FIRST_MIGRATIONS = schema.MIGRATIONS[:2]
+"""Those of the server that knew neither tenants nor retention."""
+
+AN_OLD_FILE = """
+    INSERT INTO videos (id, idempotency_key, job, model, status, created_at, completed_at, error_code, error_message)
+    VALUES ('video_1', NULL, 'JOB', 'wan', 'failed', 10, NULL, 'server_error', 'No'),
+           ('video_2', 'key', 'JOB', 'wan', 'completed', 20, 30, NULL, NULL),
+           ('video_3', NULL, 'JOB', 'wan', 'in_progress', 20, NULL, NULL, NULL);
+    INSERT INTO images VALUES ('image_1', 'webp', 20);
+    INSERT INTO files VALUES ('clip', 'video_2');
+"""
 
 
 class JobHistory(RuleBasedStateMachine):

@@ -493,7 +493,7 @@ class TestANewLife:
         await state.create_video(a_job(), INPUTS, "wan")
         await finished(state)
         await until(lambda: files(args) == VIDEO_1_FILES)
-        state._jobs.reserve(["videos/video_2-0.mp4", "inputs/video_3-0"])
+        state._jobs.reserve({"videos/video_2-0.mp4": 1, "inputs/video_3-0": 1})
         await state.close()
         root = Path(args.output_path)
         (root / "videos" / "video_2-0.mp4").write_bytes(b"whole, but without a record")
@@ -526,7 +526,7 @@ class TestANewLife:
 
     async def test_starts_though_the_sweep_cannot_delete(self, args, engine, monkeypatch):
         state = State(args, lambda: engine)
-        state._jobs.reserve(["videos/video_2-0.mp4"])
+        state._jobs.reserve({"videos/video_2-0.mp4": 1})
         await state.close()
 
         def refused(storage: Storage, key: str) -> None:

@@ -1,0 +1,50 @@
+"""How long finished work is kept: until it is too old, or until newer work needs its room."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from deployments.content import ContentStore
+from deployments.jobs import JobStore
+
+logger = logging.getLogger(__name__)
+
+PERIOD_S = 1.0
+"""Between two looks: how much longer than promised a file may lie. A look at what is too old takes microseconds; what
+is stored is added up only after something was finished."""
+
+
+class Retention:
+    """Deletes finished videos and stored pictures, records and files together. What is unfinished always stays."""
+
+    def __init__(self, jobs: JobStore, content: ContentStore, *, ttl_s: float | None, max_bytes: int | None):
+        """None keeps them forever, or whatever their size."""
+        self._jobs = jobs
+        self._content = content
+        self._ttl_s = ttl_s
+        self._max_bytes = max_bytes
+        self._num_finished = -1
+        """What `JobStore.num_finished` was when stored files were last added up."""
+
+    async def enforce(self) -> None:
+        """Look again and again, at once first: time has passed while no server ran."""
+        while True:
+            try:
+                await self._look()
+            except Exception:  # a full disk, say: all the more reason to go on
+                logger.exception("retention failed and will be tried again")
+            await asyncio.sleep(PERIOD_S)
+
+    async def _look(self) -> None:
+        if self._ttl_s is not None:
+            await self._discard(self._jobs.remove_older_than(self._ttl_s), "too old")
+        if self._max_bytes is not None and self._num_finished != self._jobs.num_finished:
+            num_finished = self._jobs.num_finished
+            await self._discard(self._jobs.remove_oldest_beyond(self._max_bytes), "too much is stored")
+            self._num_finished = num_finished
+
+    async def _discard(self, files: list[str], reason: str) -> None:
+        if files:
+            logger.info("%d files are deleted: %s", len(files), reason)
+            await self._content.discard(files)
