@@ -44,6 +44,15 @@ class ServerArgs(BaseModel):
     )
     admin_api_key_file: str | None = Field(None, description="File with such keys, one a line.")
 
+    # OpenAI's largest picture, and its longest clip (20 s) at 60 frames per second.
+    max_pixels: int = Field(3840 * 2160, ge=1, description="Pixels of a frame that a request may ask for.")
+    max_frames: int = Field(1200, ge=1, description="Frames of a clip that a request may ask for.")
+    # OpenAI's limit for one input image.
+    max_upload_bytes: int = Field(50 * 10**6, ge=1, description="Bytes of each picture that a request brings along.")
+    allow_remote_media: bool = Field(
+        False, description="Fetch input pictures given as http(s) URLs, from public addresses only."
+    )
+
     num_gpus: int = Field(1, ge=1, description="Ranks in all. Without CUDA they are CPU processes over gloo.")
     dp_size: int = Field(1, ge=1, description="Engine replicas, each with num_gpus / dp_size ranks.")
     sp_degree: int | None = Field(None, ge=1, description="Sequence-parallel ranks: ulysses_degree * ring_degree.")

@@ -21,25 +21,24 @@ from deployments.errors import APIError
 Fields = dict[str, Any]
 """JSON values; texts and bytes (files) from forms."""
 
-MAX_IMAGE_BYTES = 50 * 10**6
-"""OpenAI's limit for one input image."""
 MAX_TEXT_BYTES = 2**20
 """All other fields together: a prompt of 32,000 characters is 128 KB at most."""
 
 _FIELD_NAME = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\]){0,4})")
 
 
-async def read_fields(request: Request, *, max_images: int = 0) -> Fields:
-    """The fields of the body, which may carry `max_images` images; none of an absent body.
+async def read_fields(request: Request, *, max_images: int = 0, max_image_bytes: int = 0) -> Fields:
+    """The fields of the body, which may carry `max_images` images of `max_image_bytes` each; none of an absent body.
 
     Raises:
         APIError: 400 for a body that cannot be parsed, 413 for one that is too large.
     """
-    chunks = _limited(request.stream(), MAX_TEXT_BYTES + max_images * MAX_IMAGE_BYTES * 4 // 3)  # base64 takes 4/3
+    chunks = _limited(request.stream(), MAX_TEXT_BYTES + max_images * max_image_bytes * 4 // 3)  # base64 takes 4/3
     content_type = request.headers.get("content-type", "")
     if content_type.startswith("multipart/"):
         # Texts have the limit of files because an image may be one: a data URL.
-        return _nested(await read_multipart(chunks, content_type, max_part_bytes=MAX_IMAGE_BYTES))
+        max_part_bytes = max(MAX_TEXT_BYTES, max_image_bytes)
+        return _nested(await read_multipart(chunks, content_type, max_part_bytes=max_part_bytes))
     body = b"".join([chunk async for chunk in chunks]).strip()
     if not body:
         return {}

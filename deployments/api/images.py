@@ -25,9 +25,6 @@ from pipelines.job import Preview, Progress, Result
 
 router = APIRouter(prefix="/v1/images", tags=["Images"])
 
-MAX_INPUT_FILES = 17
-"""OpenAI's 16 images and a mask."""
-
 _ANSWERS = {200: {"model": ImagesResponse, "content": event_stream()}, **errors(400, 413, 429, 500, 503)}
 
 
@@ -48,7 +45,13 @@ async def create_image(request: Request, services: Served, caller: Known) -> Res
 @router.post("/edits", responses=_ANSWERS, openapi_extra=request_body(ImageEditRequest, MULTIPART, JSON))
 async def edit_image(request: Request, services: Served, caller: Known) -> Response:
     """Make pictures from a prompt and one or several pictures, within a mask if one is given."""
-    wanted = ImageEditRequest.parse(await read_fields(request, max_images=MAX_INPUT_FILES))
+    card = await services.engine.card()
+    fields = await read_fields(
+        request,
+        max_images=card.family.max_images + 1,  # the mask
+        max_image_bytes=services.args.max_upload_bytes,
+    )
+    wanted = ImageEditRequest.parse(fields)
     return await _answer(request, services, caller, wanted, "image_edit")
 
 

@@ -7,9 +7,10 @@ import binascii
 from base64 import b64decode
 from urllib.parse import unquote_to_bytes
 
-from deployments.api.body import MAX_IMAGE_BYTES
+from configs.server_args import ServerArgs
 from deployments.api.multipart import too_large
 from deployments.api.protocol.requests import ImageReference, InputImage
+from deployments.api.remote_media import fetch
 from deployments.errors import APIError
 from pipelines.media import decode_image, decode_mask
 
@@ -17,21 +18,21 @@ MAX_INPUT_PIXELS = 8192 * 8192
 """More than most cameras' pictures have, and 256 MiB once decoded: what a small file may grow to."""
 
 
-async def input_image(image: InputImage, param: str) -> bytes:
+async def input_image(image: InputImage, param: str, args: ServerArgs) -> bytes:
     """The bytes of the PNG, WebP or JPEG that a request gives in `param`, whatever its declared type or name.
 
     Raises:
-        APIError: 400 for an image that lies elsewhere, 413 for one that is too large.
+        APIError: 400 for an image that is not to be had, 413 for one that is too large.
         InvalidJob: not a picture, or damaged.
     """
-    data = _bytes_of(image, param)
+    data = await _bytes_of(image, param, args)
     await asyncio.to_thread(decode_image, data, max_pixels=MAX_INPUT_PIXELS, param=param)
     return data
 
 
-async def input_mask(mask: InputImage, image: bytes) -> bytes:
+async def input_mask(mask: InputImage, image: bytes, args: ServerArgs) -> bytes:
     """The bytes of the mask of `image`. Raises as `input_image`, and `InvalidJob` when the two do not fit."""
-    data = _bytes_of(mask, "mask")
+    data = await _bytes_of(mask, "mask", args)
 
     def check() -> None:
         size = decode_image(image, max_pixels=MAX_INPUT_PIXELS).size
@@ -41,22 +42,30 @@ async def input_mask(mask: InputImage, image: bytes) -> bytes:
     return data
 
 
-def _bytes_of(image: InputImage, param: str) -> bytes:
-    data = image if isinstance(image, bytes) else _data_url_bytes(image, param)
-    if len(data) > MAX_IMAGE_BYTES:
-        raise too_large(param, MAX_IMAGE_BYTES)
+async def _bytes_of(image: InputImage, param: str, args: ServerArgs) -> bytes:
+    data = image if isinstance(image, bytes) else await _referenced(image, param, args)
+    if len(data) > args.max_upload_bytes:
+        raise too_large(param, args.max_upload_bytes)
     return data
 
 
-def _data_url_bytes(image: ImageReference | str, param: str) -> bytes:
+async def _referenced(image: ImageReference | str, param: str, args: ServerArgs) -> bytes:
     url = image.image_url if isinstance(image, ImageReference) else image
     if url is None:
         raise _refused(param, "this server keeps no uploaded files, so give the image itself, not a file_id")
     scheme, _, rest = url.partition(":")
-    if scheme.lower() in ("http", "https"):
-        raise _refused(param, "images are not fetched from remote URLs; upload the file or give it as a data: URL")
-    if scheme.lower() != "data":
-        raise _refused(param, "it must be a file upload or a data: URL")
+    match scheme.lower():
+        case "data":
+            return _data_url_bytes(rest, param)
+        case "http" | "https" if args.allow_remote_media:
+            return await fetch(url, param, args.max_upload_bytes)
+        case "http" | "https":
+            raise _refused(param, "images are not fetched from remote URLs; upload the file or give it as a data: URL")
+        case _:
+            raise _refused(param, "it must be a file upload or a data: URL")
+
+
+def _data_url_bytes(rest: str, param: str) -> bytes:
     kind, comma, payload = rest.partition(",")
     if not comma:
         raise _refused(param, "the data: URL has no data")

@@ -22,10 +22,6 @@ from deployments.interfaces import LoRARequest
 from deployments.keys import Caller
 from pipelines.job import Job, Media, Task, content_key
 
-MAX_PIXELS = 3840 * 2160
-"""Pixels of one frame: OpenAI's largest picture."""
-MAX_FRAMES = 1200
-"""Frames of one clip: OpenAI's longest, 20 s, at 60 frames per second."""
 MAX_RANDOM_SEED = 2**32
 """Seeds drawn for clients stay below this, so that any JSON parser reads them exactly (doubles hold 53 bits)."""
 
@@ -58,8 +54,8 @@ async def image_submission(wanted: ImageRequest, services: Services) -> Submissi
         _require(card, task, *(("image", "image is") if wanted.mask is None else ("mask", "mask is")))
         if len(wanted.image) > card.family.max_images:
             raise _refused("image", f"{card.id} takes at most {card.family.max_images} input image(s)")
-        images = [await input_image(image, "image") for image in wanted.image]
-        mask = None if wanted.mask is None else await input_mask(wanted.mask, images[0])
+        images = [await input_image(image, "image", services.args) for image in wanted.image]
+        mask = None if wanted.mask is None else await input_mask(wanted.mask, images[0], services.args)
     else:
         task = Task.TEXT_TO_IMAGE
         _require(card, task, None, "an image from a prompt alone is")
@@ -88,16 +84,16 @@ async def video_submission(wanted: VideoRequest, services: Services) -> Submissi
     else:
         task = Task.IMAGE_TO_VIDEO
         _require(card, task, "input_reference", "input_reference is")
-        images = [await input_image(wanted.input_reference, "input_reference")]
+        images = [await input_image(wanted.input_reference, "input_reference", services.args)]
 
     defaults = card.family.defaults_for(task)
     fps = wanted.fps or defaults.fps
     num_frames = wanted.num_frames or defaults.num_frames
     if wanted.num_frames is None and wanted.seconds is not None:
         num_frames = max(1, round(wanted.seconds * fps))
-    if num_frames > MAX_FRAMES:
+    if num_frames > services.args.max_frames:
         param = "seconds" if wanted.num_frames is None else "num_frames"
-        raise _refused(param, f"{num_frames} frames are asked for; at most {MAX_FRAMES} are made")
+        raise _refused(param, f"{num_frames} frames are asked for; at most {services.args.max_frames} are made")
     return await _submission(
         f"video_{uuid4().hex}",
         task,
@@ -121,7 +117,7 @@ async def _submission(
 ) -> Submission:
     card = await services.engine.card()
     defaults = card.family.defaults_for(task)
-    width, height = _frame_size(wanted, defaults)
+    width, height = _frame_size(wanted, defaults, services.args.max_pixels)
     job = Job(
         id=job_id,
         task=task,
@@ -154,12 +150,12 @@ def _abilities(card: ModelCard) -> str:
     return ", ".join(sorted(card.family.tasks))
 
 
-def _frame_size(wanted: GenerationRequest, defaults: SamplingDefaults) -> tuple[int, int]:
+def _frame_size(wanted: GenerationRequest, defaults: SamplingDefaults, max_pixels: int) -> tuple[int, int]:
     width, height = wanted.size or (defaults.width, defaults.height)
     width, height = wanted.width or width, wanted.height or height
-    if not 1 <= width * height <= MAX_PIXELS:
+    if not 1 <= width * height <= max_pixels:
         param = "size" if wanted.width is wanted.height is None else "width" if wanted.width else "height"
-        raise _refused(param, f"{width}x{height} is asked for; a frame has 1 to {MAX_PIXELS} pixels")
+        raise _refused(param, f"{width}x{height} is asked for; a frame has 1 to {max_pixels} pixels")
     return width, height
 
 

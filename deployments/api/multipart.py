@@ -108,5 +108,5 @@ class _Form:
 def too_large(name: str, limit: int) -> APIError:
     """A 413 for the field `name`, as the client wrote it but for the brackets of a list."""
     param = name.partition("[")[0]
-    message = f"'{param}' is larger than {limit // 10**6} MB"
+    message = f"'{param}' is larger than {limit / 10**6:g} MB"
     return APIError(413, message, param=param, code="file_too_large")

@@ -37,7 +37,8 @@ async def create_video(
     ] = None,
 ) -> VideoObject:
     """Start making a video from a prompt, and from an image if one is given."""
-    wanted = VideoRequest.parse(await read_fields(request, max_images=1))
+    fields = await read_fields(request, max_images=1, max_image_bytes=services.args.max_upload_bytes)
+    wanted = VideoRequest.parse(fields)
     require_right_to_load(caller, wanted.lora)
     submission = await video_submission(wanted, services)
     card = await services.engine.card()

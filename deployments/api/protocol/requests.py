@@ -74,7 +74,9 @@ Size = Annotated[
 class ImageReference(BaseModel):
     """An image by value, where a file upload is not at hand."""
 
-    image_url: str | None = Field(None, description="A `data:` URL. The server fetches nothing from elsewhere.")
+    image_url: str | None = Field(
+        None, description="A `data:` URL; one of http(s) where the server was started with `--allow-remote-media`."
+    )
     file_id: str | None = Field(None, description="Not supported: this server keeps no uploaded files.")
 
 
@@ -202,7 +204,7 @@ class ImageEditRequest(ImageRequest):
         min_length=1,
         max_length=16,
         description="One file or several (`image`, repeated, or `image[]`); `images` in a JSON body. PNG, WebP or JPEG "
-        "of at most 50 MB each.",
+        "of at most 50 MB each, unless the server was told otherwise.",
     )
     mask: Annotated[InputImage | None, BeforeValidator(_single)] = Field(
         None, description="PNG as large as the first image; where it is transparent, that image is edited."

@@ -4,71 +4,57 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
 import pytest
+from fastapi import FastAPI
 
 from configs.server_args import ServerArgs
-from deployments.ingress import create_app
 from deployments.keys import Keyring
 from deployments.state import State
 from pipelines.job import Job, Task
-from tests.deployments.api.stand_in import StandInEngine
-from tests.deployments.step_engine import StepEngine
+from tests.deployments.api.small_server import client, running_app
 
 ALICE, BOB, ADMIN = "sk-alice", "sk-bob", "sk-admin"
 
 
-class PaintingEngine(StandInEngine, StepEngine):
-    """Serves a model for everything, and computes as `StepEngine` does."""
+@dataclass(frozen=True)
+class Server:
+    app: FastAPI
+    state: State
+    http: httpx2.AsyncClient
+    """A client that sends no key by itself."""
 
-    def __init__(self, folder: Path):
-        StandInEngine.__init__(self, Task.TEXT_TO_IMAGE, Task.TEXT_TO_VIDEO)
-        StepEngine.__init__(self, folder)
+    def operations(self) -> list[tuple[str, str]]:
+        """Every method and path of the API, with an id where one belongs."""
+        return [
+            (method.upper(), path.format(video_id="video_1", image_id="img_1", model="stand/in"))
+            for path, methods in self.app.openapi()["paths"].items()
+            for method in methods
+        ]
 
-    async def ready(self) -> None:
-        """At once."""
-
-
-@asynccontextmanager
-async def serving(folder: Path, **keys: object) -> AsyncIterator[httpx2.AsyncClient]:
-    """A server with these keys over a real state, and a client without one."""
-    args = ServerArgs(output_path=str(folder / "outputs"), state_path=str(folder / "jobs.sqlite3"), **keys)
-    engine = PaintingEngine(folder)
-    state = State(args, lambda: engine)
-    app = create_app(args, engine, state, Keyring.read(args))
-    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test") as http:
-        http.app = app
-        http.state = state
-        yield http
-    await state.close()
-
-
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
-    async with serving(tmp_path, api_key=[ALICE, BOB], admin_api_key=ADMIN) as http:
-        yield http
+    async def create_video(self, key: str, **headers: str) -> str:
+        answer = await self.http.post("/v1/videos", json={"prompt": "p"}, headers={**by(key), **headers})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["id"]
 
 
 def by(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
-def operations(server: httpx2.AsyncClient) -> list[tuple[str, str]]:
-    """Every method and path of the API, with an id where one belongs."""
-    paths = server.app.openapi()["paths"]
-    return [
-        (method.upper(), path.format(video_id="video_1", image_id="img_1", model="stand/in"))
-        for path, methods in paths.items()
-        for method in methods
-    ]
+@asynccontextmanager
+async def serving(folder: Path, **keys: object) -> AsyncIterator[Server]:
+    async with running_app(folder, **keys) as (app, state), client(app) as http:
+        yield Server(app, state, http)
 
 
-async def create_video(server: httpx2.AsyncClient, key: str, **headers: str) -> str:
-    answer = await server.post("/v1/videos", json={"prompt": "p"}, headers={**by(key), **headers})
-    assert answer.status_code == 200, answer.text
-    return answer.json()["id"]
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    async with serving(tmp_path, api_key=[ALICE, BOB], admin_api_key=ADMIN) as running:
+        yield running
 
 
 @pytest.mark.parametrize(
@@ -76,12 +62,12 @@ async def create_video(server: httpx2.AsyncClient, key: str, **headers: str) -> 
     [{}, by("wrong"), by(""), {"authorization": ALICE}, {"authorization": f"Basic {ALICE}"}, {"x-api-key": ALICE}],
     ids=["none", "wrong", "empty", "bare", "other scheme", "other header"],
 )
-async def test_every_route_below_v1_asks_for_a_key(server: httpx2.AsyncClient, headers: dict[str, str]) -> None:
-    guarded = [(method, path) for method, path in operations(server) if path.startswith("/v1")]
+async def test_every_route_below_v1_asks_for_a_key(server: Server, headers: dict[str, str]) -> None:
+    guarded = [(method, path) for method, path in server.operations() if path.startswith("/v1")]
     assert len(guarded) >= 14
     further = [("POST", "/v1/videos/video_1/remix"), ("HEAD", "/v1/videos/video_1/content")]
     for method, path in guarded + further:
-        answer = await server.request(method, path, headers=headers)
+        answer = await server.http.request(method, path, headers=headers)
         assert answer.status_code == 401, f"{method} {path}"
         assert answer.headers["www-authenticate"] == "Bearer"
         if method != "HEAD":
@@ -89,12 +75,12 @@ async def test_every_route_below_v1_asks_for_a_key(server: httpx2.AsyncClient, h
             assert (error["type"], error["code"], error["param"]) == ("authentication_error", "invalid_api_key", None)
 
 
-async def test_probes_and_the_document_ask_for_none(server: httpx2.AsyncClient) -> None:
+async def test_probes_and_the_document_ask_for_none(server: Server) -> None:
     for path in ("/health", "/ready", "/docs", "/openapi.json"):
-        assert (await server.get(path)).status_code == 200, path
+        assert (await server.http.get(path)).status_code == 200, path
 
 
-async def test_a_body_is_not_read_for_who_may_not_send_it(server: httpx2.AsyncClient) -> None:
+async def test_a_body_is_not_read_for_who_may_not_send_it(server: Server) -> None:
     read = False
 
     async def body() -> AsyncIterator[bytes]:
@@ -102,14 +88,14 @@ async def test_a_body_is_not_read_for_who_may_not_send_it(server: httpx2.AsyncCl
         read = True
         yield b"{}"
 
-    assert (await server.post("/v1/images/generations", content=body())).status_code == 401
+    assert (await server.http.post("/v1/images/generations", content=body())).status_code == 401
     assert not read
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
 @pytest.mark.parametrize("key", [ALICE, ADMIN])
-async def test_a_key_lets_in(server: httpx2.AsyncClient, scheme: str, key: str) -> None:
-    assert (await server.get("/v1/models", headers={"authorization": f"{scheme} {key}"})).status_code == 200
+async def test_a_key_lets_in(server: Server, scheme: str, key: str) -> None:
+    assert (await server.http.get("/v1/models", headers={"authorization": f"{scheme} {key}"})).status_code == 200
 
 
 LORA_ROUTES = [
@@ -121,77 +107,77 @@ LORA_ROUTES = [
 
 
 @pytest.mark.parametrize(("method", "path"), LORA_ROUTES)
-async def test_the_lora_routes_are_the_admins(server: httpx2.AsyncClient, method: str, path: str) -> None:
-    answer = await server.request(method, path, headers=by(ALICE))
+async def test_the_lora_routes_are_the_admins(server: Server, method: str, path: str) -> None:
+    answer = await server.http.request(method, path, headers=by(ALICE))
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "admin_key_required")
-    assert (await server.request(method, path, headers=by(ADMIN))).status_code not in (401, 403)
+    assert (await server.http.request(method, path, headers=by(ADMIN))).status_code not in (401, 403)
 
 
 async def test_without_an_admin_key_the_lora_routes_take_an_ordinary_one(tmp_path: Path) -> None:
     async with serving(tmp_path, api_key=ALICE) as server:
-        assert (await server.get("/v1/list_loras")).status_code == 401
-        assert (await server.get("/v1/list_loras", headers=by(ALICE))).status_code == 200
+        assert (await server.http.get("/v1/list_loras")).status_code == 401
+        assert (await server.http.get("/v1/list_loras", headers=by(ALICE))).status_code == 200
 
 
 async def test_an_admin_key_alone_leaves_the_other_routes_open(tmp_path: Path) -> None:
     async with serving(tmp_path, admin_api_key=ADMIN) as server:
-        assert (await server.get("/v1/models")).status_code == 200
-        assert (await server.get("/v1/models", headers=by("unused"))).status_code == 200
-        assert (await server.get("/v1/list_loras", headers=by("unused"))).status_code == 401
-        assert (await server.get("/v1/list_loras", headers=by(ADMIN))).status_code == 200
+        assert (await server.http.get("/v1/models")).status_code == 200
+        assert (await server.http.get("/v1/models", headers=by("unused"))).status_code == 200
+        assert (await server.http.get("/v1/list_loras", headers=by("unused"))).status_code == 401
+        assert (await server.http.get("/v1/list_loras", headers=by(ADMIN))).status_code == 200
 
 
 @pytest.mark.parametrize("lora", [{"path": "/etc/passwd"}, ["nickname", {"nickname": "n", "path": "owner/name"}]])
 @pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/videos"])
-async def test_an_adapter_by_its_path_is_the_admins(server: httpx2.AsyncClient, path: str, lora: object) -> None:
-    answer = await server.post(path, json={"prompt": "p", "lora": lora}, headers=by(ALICE))
+async def test_an_adapter_by_its_path_is_the_admins(server: Server, path: str, lora: object) -> None:
+    answer = await server.http.post(path, json={"prompt": "p", "lora": lora}, headers=by(ALICE))
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "admin_key_required")
 
 
-async def test_a_key_lists_its_own_videos_and_an_admin_all(server: httpx2.AsyncClient) -> None:
-    made = {key: {await create_video(server, key) for _ in range(2)} for key in (ALICE, BOB, ADMIN)}
+async def test_a_key_lists_its_own_videos_and_an_admin_all(server: Server) -> None:
+    made = {key: {await server.create_video(key) for _ in range(2)} for key in (ALICE, BOB, ADMIN)}
     made[ADMIN] = set().union(*made.values())
     for key, videos in made.items():
-        listed = (await server.get("/v1/videos", headers=by(key))).json()["data"]
+        listed = (await server.http.get("/v1/videos", headers=by(key))).json()["data"]
         assert {video["id"] for video in listed} == videos
 
 
-async def test_anothers_records_do_not_exist_on_any_route(server: httpx2.AsyncClient) -> None:
-    video = await create_video(server, ALICE)
+async def test_anothers_records_do_not_exist_on_any_route(server: Server) -> None:
+    video = await server.create_video(ALICE)
     picture = Job(id="img_1", task=Task.TEXT_TO_IMAGE, prompt="p", width=8, height=8, num_inference_steps=1, seeds=(1,))
     await server.state.store_image(picture, [b"picture"], Keyring.read(ServerArgs(api_key=ALICE)).caller(ALICE).tenant)
     routes = [
         (method, path.replace("video_1", video))
-        for method, path in operations(server)
+        for method, path in server.operations()
         if "video_1" in path or "img_1" in path
     ]
     assert len(routes) >= 4
     for method, path in routes:
-        answer = await server.request(method, path, headers=by(BOB))
+        answer = await server.http.request(method, path, headers=by(BOB))
         assert answer.status_code == 404, f"{method} {path}"
         unknown = path.replace(video, "video_9").replace("img_1", "img_9")
-        same = (await server.request(method, unknown, headers=by(BOB))).text
+        same = (await server.http.request(method, unknown, headers=by(BOB))).text
         assert same.replace("video_9", video).replace("img_9", "img_1") == answer.text
-    assert (await server.get(f"/v1/videos?after={video}", headers=by(BOB))).status_code == 404
-    assert (await server.get(f"/v1/videos/{video}", headers=by(ALICE))).status_code == 200
-    assert (await server.get("/v1/images/img_1/content", headers=by(ALICE))).content == b"picture"
+    assert (await server.http.get(f"/v1/videos?after={video}", headers=by(BOB))).status_code == 404
+    assert (await server.http.get(f"/v1/videos/{video}", headers=by(ALICE))).status_code == 200
+    assert (await server.http.get("/v1/images/img_1/content", headers=by(ALICE))).content == b"picture"
 
 
-async def test_the_same_idempotency_key_of_two_keys_gives_two_videos(server: httpx2.AsyncClient) -> None:
+async def test_the_same_idempotency_key_of_two_keys_gives_two_videos(server: Server) -> None:
     again = {"idempotency-key": "k"}
-    videos = [await create_video(server, key, **again) for key in (ALICE, BOB, ALICE, BOB)]
+    videos = [await server.create_video(key, **again) for key in (ALICE, BOB, ALICE, BOB)]
     assert videos[:2] == videos[2:]
     assert videos[0] != videos[1]
 
 
 async def test_keys_reach_neither_disk_nor_log(
-    server: httpx2.AsyncClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")
-    await create_video(server, ALICE, **{"idempotency-key": "k"})
+    await server.create_video(ALICE, **{"idempotency-key": "k"})
     for key in (ALICE, "wrong-key", ADMIN):
-        await server.get("/v1/list_loras", headers=by(key))
-        await server.post("/v1/videos", content=b"{", headers=by(key))
+        await server.http.get("/v1/list_loras", headers=by(key))
+        await server.http.post("/v1/videos", content=b"{", headers=by(key))
     for key in (ALICE, "wrong-key", ADMIN):
         assert key not in caplog.text
         assert not [path for path in tmp_path.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]

@@ -1,0 +1,82 @@
+"""What a request may ask for and bring along, where the server was told its own limits."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from tests.deployments.api.small_server import client, running_app
+from tests.e2e.pictures import picture
+
+PICTURE = picture()
+
+LIMITS = {"max_pixels": 64 * 64, "max_frames": 16, "max_upload_bytes": len(PICTURE)}
+
+
+@pytest.fixture
+async def http(tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
+    async with running_app(tmp_path, **LIMITS) as (app, _), client(app) as http:
+        yield http
+
+
+def refused(answer: httpx2.Response) -> tuple[int, str]:
+    return answer.status_code, answer.json()["error"]["param"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"size": "64x65"}, "size"),
+        ({"size": "64x64", "width": 65}, "width"),
+        ({"height": 65}, "height"),
+        ({"num_frames": 17}, "num_frames"),
+        ({"seconds": 2, "fps": 9}, "seconds"),
+        ({"seconds": "1e300"}, "seconds"),
+        ({"n": 11}, "n"),
+    ],
+)
+async def test_beyond_a_limit_is_a_400_by_name(http: httpx2.AsyncClient, fields: dict, param: str) -> None:
+    assert refused(await http.post("/v1/videos", json={"prompt": "p", **fields})) == (400, param)
+    if param not in ("num_frames", "seconds"):
+        assert refused(await http.post("/v1/images/generations", json={"prompt": "p", **fields})) == (400, param)
+
+
+@pytest.mark.parametrize("fields", [{"size": "64x64", "num_frames": 16, "n": 10}, {"seconds": 2, "fps": 8}])
+async def test_up_to_a_limit_is_accepted(http: httpx2.AsyncClient, fields: dict) -> None:
+    assert (await http.post("/v1/videos", json={"prompt": "p", **fields})).status_code == 200
+
+
+async def test_a_picture_as_large_as_allowed_is_accepted_and_one_byte_more_is_not(http: httpx2.AsyncClient) -> None:
+    for extra, status in ((b"", 200), (b"x", 413)):
+        data = PICTURE + extra
+        reference = {"image_url": f"data:image/png;base64,{b64encode(data).decode()}"}
+        for answer in (
+            await http.post("/v1/videos", data={"prompt": "p"}, files={"input_reference": data}),
+            await http.post("/v1/videos", json={"prompt": "p", "input_reference": reference}),
+            await http.post("/v1/images/edits", data={"prompt": "p"}, files={"image": data}),
+        ):
+            assert answer.status_code == status, answer.text
+            assert status == 200 or answer.json()["error"]["code"] == "file_too_large"
+
+
+@pytest.mark.parametrize("path", ["/v1/images/edits", "/v1/videos", "/v1/images/generations", "/v1/set_lora"])
+@pytest.mark.parametrize("content_type", ["application/json", "multipart/form-data; boundary=B", "text/plain"])
+async def test_an_upload_without_end_is_refused_long_before_it(
+    http: httpx2.AsyncClient, path: str, content_type: str
+) -> None:
+    sent = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal sent
+        yield b'--B\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+        while True:
+            sent += 2**16
+            yield bytes(2**16)
+
+    answer = await http.post(path, content=body(), headers={"content-type": content_type})
+    assert answer.status_code == 413
+    assert sent < 2 * 2**20
