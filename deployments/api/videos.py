@@ -25,7 +25,7 @@ POLL_AFTER_MS = 1000
 
 @router.post(
     "",
-    responses=errors(400, 413, 429, 500, 503),
+    responses=errors(400, 403, 404, 409, 413, 429, 500, 503),
     openapi_extra=request_body(VideoRequest, MULTIPART, JSON, URLENCODED),
 )
 async def create_video(

@@ -172,7 +172,7 @@ class GenerationRequest(WireRequest):
         None, gt=0, description="Extension: seconds after which the job fails if it is not done, waiting included."
     )
     lora: Annotated[
-        list[str | LoRAChoice] | None,
+        list[Annotated[str, Field(min_length=1)] | LoRAChoice] | None,
         BeforeValidator(lambda value: [json_text(item) for item in listed(json_text(value))]),
     ] = Field(
         None,

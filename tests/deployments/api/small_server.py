@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from threading import Thread
 
 import httpx2
+import uvicorn
 from fastapi import FastAPI
 
 from configs.server_args import ServerArgs
+from deployments.api.jobs import FAMILY_PARAMETERS
+from deployments.errors import APIError
 from deployments.ingress import create_app
 from deployments.keys import Keyring
 from deployments.state import State
 from pipelines.job import Task
 from tests.deployments.api.stand_in import StandInEngine
 from tests.deployments.step_engine import StepEngine
+from tests.e2e.server import free_port
 
 
 class AbleEngine(StandInEngine, StepEngine):
-    """Takes every job, from pictures too, and gives what `StepEngine` gives."""
+    """Takes every job, whatever its parameters, and gives what `StepEngine` gives. It knows no adapters."""
 
     def __init__(self, folder: Path):
-        StandInEngine.__init__(self, *Task)
+        StandInEngine.__init__(self, *Task, parameters=FAMILY_PARAMETERS)
         StepEngine.__init__(self, folder)
 
     async def ready(self) -> None:
         """At once."""
+
+    async def identify_lora(self, path: str) -> str:
+        raise APIError(404, "There is no such adapter", param="lora_path", code="lora_not_found")
 
 
 @asynccontextmanager
@@ -37,6 +47,28 @@ async def running_app(folder: Path, **args: object) -> AsyncIterator[tuple[FastA
     state = State(server_args, lambda: engine)
     yield create_app(server_args, engine, state, Keyring.read(server_args)), state
     await state.close()
+
+
+@contextmanager
+def served_app(folder: Path, **args: object) -> Iterator[str]:
+    """The same behind uvicorn on a free port, in an event loop of its own: its base URL."""
+    port = free_port()
+
+    async def serve() -> None:
+        async with running_app(folder, **args) as (app, _):
+            nonlocal server
+            server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+            await server.serve()
+
+    server: uvicorn.Server | None = None
+    thread = Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    while server is None or not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
 
 
 def client(app: FastAPI) -> httpx2.AsyncClient:

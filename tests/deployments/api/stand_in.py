@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 import httpx2
@@ -18,12 +18,12 @@ from pipelines.job import LoRASpec, Task
 class StandInEngine:
     """An engine that serves a model and computes nothing."""
 
-    def __init__(self, *tasks: Task):
+    def __init__(self, *tasks: Task, parameters: Iterable[str] = ()):
         family = ModelFamily(
             name="stand-in",
             match=Match(pipelines=()),
             tasks={task.value: "AnyPipeline" for task in tasks},
-            parameters=frozenset(),
+            parameters=frozenset(parameters),
             defaults=SamplingDefaults(width=64, height=64, num_inference_steps=4),
         )
         self._card = ModelCard(
