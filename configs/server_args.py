@@ -88,6 +88,16 @@ class ServerArgs(BaseModel):
         "refuse",
         description="What set_lora does while another adapter is merged: refuse with 409, or switch to the new one.",
     )
+    lora_dir: str | None = Field(
+        None,
+        description="The only folder adapters are taken from: paths start in it, what lies outside and Hugging Face "
+        "repo ids are refused. Left out: any file that the ranks can read, any repo.",
+    )
+    lora_restore: Literal["copy", "reload"] = Field(
+        "copy",
+        description="Where weights come from when an adapter is taken out: copies of them in host memory, or the "
+        "model's files, which takes longer and no memory.",
+    )
     lora_cache_bytes: int = Field(
         4 * 2**30, ge=0, description="Host memory for loaded adapters; the least recently used go first."
     )

@@ -68,7 +68,7 @@ def _local_paths(args: ServerArgs) -> dict[str, str]:
     paths = {"state_path": args.state_path}
     if "://" not in args.output_path:
         paths["output_path"] = args.output_path
-    for name in ("model_path", "lora_path"):
+    for name in ("model_path", "lora_path", "lora_dir"):
         value = getattr(args, name)
         if value is not None and Path(value).exists():
             paths[name] = value

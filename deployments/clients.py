@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
@@ -76,8 +78,11 @@ class EngineClient:
             return await self._handle.identify_lora.remote(path)
 
     async def load_lora(self, path: str) -> LoadedAdapter:
+        """The factors become this process's own in the object store, so that they outlive the rank that read them."""
         with _plain_errors():
-            return await self._handle.load_lora.remote(path)
+            loaded = await self._handle.load_lora.remote(path)
+            factors = await loaded.factors
+        return replace(loaded, factors=await asyncio.to_thread(ray.put, factors))
 
     async def _soon(self, response: Any) -> Any:
         try:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -16,7 +16,7 @@ from configs.model_family import ModelCard
 from configs.server_args import ServerArgs
 from deployments.adapters import LoadedAdapter
 from deployments.errors import APIError
-from deployments.rank import Rank
+from deployments.rank import Rank, WeightsLost
 from pipelines.job import Event, Job, LoRASpec, Media, Result
 
 logger = logging.getLogger(__name__)
@@ -194,24 +194,32 @@ class Gang:
         for rank in self.ranks:
             rank.discard.remote(job_id)
 
-    async def merge(self, composition: tuple[LoRASpec, ...], factors: Mapping[str, bytes]) -> None:
+    async def merge(self, composition: tuple[LoRASpec, ...], factors: Mapping[str, ray.ObjectRef]) -> None:
         """Merge `composition` into the weights of every rank, or of none.
+
+        Args:
+            factors: what `load_lora` gave, by identity. They stay in the object store, where every rank reads them.
 
         Raises:
             ValueError: an adapter does not fit; what was merged before still is.
-            GangBroken: the ranks no longer agree.
+            APIError: 503; the factors went with the process that owned them; what was merged before still is.
+            GangBroken: the ranks no longer agree, or can't say what their weights are.
             Exception: whatever else failed on every rank (no memory, say); nothing is merged now.
         """
-        shared = ray.put(dict(factors))
-        merging = [_result(rank.merge.remote(composition, shared)) for rank in self.ranks]
+        merging = [_result(rank.merge.remote(composition, dict(factors))) for rank in self.ranks]
         outcomes = await self._unless_lost(asyncio.gather(*merging, return_exceptions=True))
         failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         if not failures:
             self.composition = composition
             return
-        if len(failures) < len(outcomes) or isinstance(failures[0], RayActorError):
-            raise GangBroken(f"ranks differ after a merge: {_first_line(failures[0])}")
-        cause = failures[0].cause if isinstance(failures[0], RayTaskError) else failures[0]
+        causes = [failure.cause if isinstance(failure, RayTaskError) else failure for failure in failures]
+        cause = causes[0]
+        if len(causes) < len(outcomes) or len({type(cause) for cause in causes}) > 1:
+            raise GangBroken(f"ranks differ after a merge: {_first_line(cause)}")
+        if isinstance(cause, RayActorError | WeightsLost):
+            raise GangBroken(f"a merge failed: {_first_line(cause)}")
+        if isinstance(cause, ObjectLostError):
+            raise APIError(503, "A part of the server is restarting; try again.", code="restarting")
         if not isinstance(cause, ValueError):
             self.composition = ()  # a merge that fails midway leaves the base weights
         raise cause

@@ -93,12 +93,21 @@ class LoadedLoRA:
 
 
 @dataclass(frozen=True)
+class ActiveLoRA:
+    """What was set for one transformer."""
+
+    adapters: tuple[LoRASpec, ...]
+    merged: bool
+    """Whether new jobs get it there."""
+
+
+@dataclass(frozen=True)
 class LoRAStatus:
     loaded: tuple[LoadedLoRA, ...]
     set: tuple[LoRASpec, ...]
     """The composition given by the last `set_lora`: what `merge_lora_weights` re-applies."""
-    merged: bool
-    """Whether new jobs are given that composition."""
+    active: Mapping[str, ActiveLoRA]
+    """The same by transformer."""
     replicas: Mapping[str, tuple[LoRASpec, ...]]
     """What is merged into the weights of each engine replica right now."""
     num_bytes_held: Mapping[str, int] = field(default_factory=dict)
@@ -172,6 +181,9 @@ class State(Protocol):
         """Re-apply what was set, at the strengths it was set with unless given here."""
 
     async def unmerge_lora(self, target: tuple[str, ...] | None = None) -> LoRAStatus: ...
+
+    async def delete_lora(self, nickname: str) -> LoRAStatus:
+        """Free a nickname and its factors. Raises `APIError` 404 for an unknown one, 409 while it is merged."""
 
     async def list_loras(self) -> LoRAStatus: ...
 

@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
@@ -25,6 +26,7 @@ from deployments.adapters import LoadedAdapter
 from pipelines.job import Event, InvalidJob, Job, LoRASpec, Media, Progress
 
 if TYPE_CHECKING:
+    from lora.load import Source
     from lora.merge import Merger
     from pipelines.load import Model
     from pipelines.parallel.mesh import Mesh
@@ -65,6 +67,10 @@ class Suspended(Exception):
     """The job was suspended between two steps, on every rank; asking for it again goes on with it."""
 
 
+class WeightsLost(Exception):
+    """A merge failed, and so did restoring the base weights: the model must be loaded again."""
+
+
 class JobFailed(Exception):
     """The pipeline failed. Only the message crosses to the engine: the original class may need torch to be read."""
 
@@ -98,8 +104,11 @@ class Rank:
         """Join the gang (when there is more than one rank) and load the model onto this rank's device.
 
         Raises:
-            ValueError: the model cannot be loaded or cannot be sharded; the message is for the user.
+            ValueError: the model cannot be loaded or sharded, its weights cannot be restored as `lora_restore` says, or
+                there is no `lora_dir`; the message is for the user.
         """
+        if self.args.lora_dir is not None and not Path(self.args.lora_dir).is_dir():
+            raise ValueError(f"There is no folder '{self.args.lora_dir}' to take adapters from")
         # Threads that spin while they wait for each other take the cores from the other ranks, the proxy and whatever
         # else runs: a 64x64 picture took 4.4 s beside a busy neighbour, 0.5 s with threads that sleep.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -107,6 +116,7 @@ class Rank:
             import torch
 
             from lora.merge import Merger
+            from lora.originals import Checkpoint, HostCopies
             from pipelines.load import load_model, resolve_device
             from pipelines.parallel.mesh import Mesh
 
@@ -117,7 +127,9 @@ class Rank:
                 self.args.parallel, self.rank, resolve_device(self.args.device), init_method, COLLECTIVE_TIMEOUT
             )
         self.model = load_model(self.args, self.mesh)
-        self.merger = Merger(self.model.transformers)
+        reload = self.args.lora_restore == "reload"
+        originals = Checkpoint(self.model.transformers, self.model.directory) if reload else HostCopies()
+        self.merger = Merger(self.model.transformers, originals)
         return self.model.card
 
     def lead(self, job: Job, media: Media, progress: bool) -> Iterator[Event]:
@@ -180,40 +192,60 @@ class Rank:
         """Forget a suspended job. Every rank must be told."""
         self._suspended.pop(job_id).close()
 
-    def merge(self, composition: Sequence[LoRASpec], factors: Mapping[str, bytes]) -> None:
-        """Make `composition` what is merged into the weights; an empty one restores the base weights."""
+    def merge(self, composition: Sequence[LoRASpec], factors: Mapping[str, ray.ObjectRef]) -> None:
+        """Make `composition` what is merged into the weights; an empty one restores the base weights.
+
+        Args:
+            factors: what `load_lora` gave, by identity, where it lies in the object store.
+
+        Raises:
+            ValueError: an adapter does not fit the model; nothing has changed.
+            ObjectLostError: the factors are gone; nothing has changed.
+            WeightsLost: the weights are no longer known.
+            Exception: whatever else went wrong; the weights are the base weights again.
+        """
         from lora.load import Factors
 
+        blocks = dict(zip(factors, ray.get(list(factors.values())), strict=True))
+        adapters = {identity: Factors.from_bytes(memoryview(block)) for identity, block in blocks.items()}
         # An offloaded transformer's weights are its host copy, but while a suspended job keeps it on the device.
         self.model.rest_transformers()
-        if not composition:
-            self.merger.restore()
-            return
-        self.merger.merge(
-            [(Factors.from_bytes(factors[spec.identity]), spec.strength, spec.target) for spec in composition]
-        )
+        try:
+            self.merger.merge([(adapters[spec.identity], spec.strength, spec.target) for spec in composition])
+        except ValueError:
+            raise
+        except Exception as error:
+            if self.merger.holds_a_merge:
+                raise WeightsLost(f"the base weights could not be restored after {error!r}") from error
+            raise
 
     @ray.method(concurrency_group="control")
     def identify_lora(self, path: str) -> str:
         """Identity of the adapter at `path`. Raises `ValueError` (`InvalidAdapter`) when there is none."""
-        from lora.load import resolve
-
-        return resolve(path).identity
+        return self._resolve(path).identity
 
     @ray.method(concurrency_group="control")
     def load_lora(self, path: str) -> LoadedAdapter:
         """Read, convert and validate an adapter; the weights stay as they are, so a job may run meanwhile."""
-        from lora.load import load, resolve
+        import numpy as np
 
-        source = resolve(path)
+        from lora.load import load
+
+        source = self._resolve(path)
         factors = load(source, type(self.model.pipeline), self.model.transformers)
         return LoadedAdapter(
             identity=source.identity,
-            blob=factors.to_bytes(),
+            # As an array it is read where it lies in the object store; bytes would be copied by every reader.
+            factors=ray.put(np.frombuffer(factors.to_bytes(), np.uint8)),
             rank=factors.rank,
             num_bytes=factors.num_bytes,
             transformers=factors.transformers,
         )
+
+    def _resolve(self, path: str) -> Source:
+        from lora.load import resolve
+
+        return resolve(path, None if self.args.lora_dir is None else Path(self.args.lora_dir))
 
     @ray.method(concurrency_group="control")
     def lora_bytes_held(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import ray
 from ray.actor import ActorHandle
@@ -16,6 +16,7 @@ from ray.actor import ActorHandle
 from configs.server_args import ServerArgs
 from deployments.adapters import AdapterLoader, AdapterRegistry
 from deployments.content import ContentStore, image_key, input_key
+from deployments.default_lora import DefaultLoRA
 from deployments.errors import APIError
 from deployments.interfaces import (
     Content,
@@ -48,7 +49,7 @@ class ServedEngine(Engine, AdapterLoader, Protocol):
 
 class State:
     """`interfaces.State` by delegation: records to `JobStore`, files to `ContentStore`, work to `VideoRunner`,
-    adapters to `AdapterRegistry`.
+    adapters to `AdapterRegistry` and `DefaultLoRA`.
 
     Undecorated, so that it also works inside a plain asyncio program; `state_actor` makes the actor of it.
     """
@@ -67,7 +68,8 @@ class State:
             self._runner.start(video.job)
         retention = Retention(self._jobs, self._content, ttl_s=args.video_ttl, max_bytes=args.storage_bytes)
         self._retention = asyncio.create_task(retention.enforce())
-        self._adapters = AdapterRegistry(engine, cache_bytes=args.lora_cache_bytes, switch=args.lora_switch)
+        self._adapters = AdapterRegistry(engine, cache_bytes=args.lora_cache_bytes)
+        self._default_lora = DefaultLoRA(self._adapters, switch=args.lora_switch)
         self._adapters_known = asyncio.create_task(self._recall_adapters())
         self._adapters_open = asyncio.create_task(self._set_startup_adapter(args))
 
@@ -147,7 +149,8 @@ class State:
     async def _recall_adapters(self) -> None:
         """Take up the adapters of an earlier life."""
         if known := self._jobs.noted("adapters"):
-            await self._adapters.restore(known)
+            self._adapters.restore(known)
+            await self._default_lora.restore(known)
 
     async def _set_startup_adapter(self, args: ServerArgs) -> None:
         """Merge the adapter the server was started with, unless an earlier life with the same one already did."""
@@ -155,13 +158,15 @@ class State:
         startup = [args.lora_nickname, args.lora_path, args.lora_scale]
         if args.lora_path is None or self._jobs.noted("startup adapter") == startup:
             return
-        await self._adapters.unmerge_lora()
-        await self._adapters.set_lora([LoRARequest(args.lora_nickname, args.lora_path, args.lora_scale)])
+        await self._default_lora.unmerge_lora()
+        await self._default_lora.set_lora([LoRARequest(args.lora_nickname, args.lora_path, args.lora_scale)])
         self._note_adapters()
         self._jobs.note("startup adapter", startup)
 
     def _note_adapters(self) -> None:
-        self._jobs.note("adapters", self._adapters.snapshot())
+        of_jobs = {spec.identity for video in self._jobs.unfinished() for spec in video.job.lora}
+        adapters = self._adapters.snapshot(of_jobs | self._default_lora.identities)
+        self._jobs.note("adapters", {**adapters, **self._default_lora.snapshot()})
 
     async def adapters_open(self) -> None:
         """Return once the adapter the server was started with is merged. Raises `APIError` when it cannot be."""
@@ -169,44 +174,54 @@ class State:
 
     async def set_lora(self, requests: Sequence[LoRARequest]) -> LoRAStatus:
         await self._adapters_known
-        status = await self._adapters.set_lora(requests)
+        status = await self._default_lora.set_lora(requests)
         self._note_adapters()
         return status
 
     async def merge_lora(self, strength: float | None = None, target: tuple[str, ...] | None = None) -> LoRAStatus:
         await self._adapters_known
-        status = await self._adapters.merge_lora(strength, target)
+        status = await self._default_lora.merge_lora(strength, target)
         self._note_adapters()
         return status
 
     async def unmerge_lora(self, target: tuple[str, ...] | None = None) -> LoRAStatus:
         await self._adapters_known
-        status = await self._adapters.unmerge_lora(target)
+        status = await self._default_lora.unmerge_lora(target)
+        self._note_adapters()
+        return status
+
+    async def delete_lora(self, nickname: str) -> LoRAStatus:
+        await self._adapters_known
+        status = await self._default_lora.delete_lora(nickname)
         self._note_adapters()
         return status
 
     async def list_loras(self) -> LoRAStatus:
         await self._adapters_known
-        return await self._adapters.list_loras()
+        return self._default_lora.status()
 
     async def lora_for_job(self, requests: Sequence[LoRARequest] | None) -> tuple[LoRASpec, ...]:
         """With an adapter given at the start, jobs wait for it, or fail with the reason it cannot be merged."""
         await self.adapters_open()
-        specs = await self._adapters.lora_for_job(requests)
-        if requests is not None:
+        if requests is None:
+            return self._default_lora.composition
+        before = self._adapters.changes
+        specs = await self._adapters.for_job(requests)
+        if self._adapters.changes != before:
             self._note_adapters()
         return specs
 
-    async def lora_factors(self, identity: str) -> bytes:
+    async def lora_factors(self, identity: str) -> Any:
+        """What a rank needs to merge an adapter, by reference."""
         return await self._adapters.factors(identity)
 
     async def watch_default(self, replica_id: str, known_version: int | None) -> tuple[int, Composition]:
-        return await self._adapters.watch_default(replica_id, known_version)
+        return await self._default_lora.watch_default(replica_id, known_version)
 
     async def report_merged(
         self, replica_id: str, version: int, composition: Composition, error: str | None, num_bytes_held: int
     ) -> None:
-        await self._adapters.report_merged(replica_id, version, composition, error, num_bytes_held)
+        await self._default_lora.report_merged(replica_id, version, composition, error, num_bytes_held)
 
 
 def state_actor(args: ServerArgs, engine: Callable[[], ServedEngine]) -> ActorHandle:

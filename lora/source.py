@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from hashlib import sha256
@@ -39,20 +40,34 @@ class Source:
     """Equal for equal weights: a hash over the file's place, size and time, or `repo@revision/file`."""
 
 
-def resolve(path: str) -> Source:
+def resolve(path: str, within: Path | None = None) -> Source:
     """Find the safetensors file that `path` means: a file, a folder or a Hugging Face repo id, in this order.
 
     Only a repo's chosen file is downloaded (and PEFT's config); without network the local cache serves.
 
+    Args:
+        within: the only folder whose files may be read. Relative paths then start there, links are followed before
+            they are judged, and there are no repo ids.
+
     Raises:
-        InvalidAdapter: nothing is there, or nothing but pickles, or it is not clear which file is meant.
+        InvalidAdapter: nothing is there, or nothing but pickles, or it is not clear which file is meant, or it lies
+            outside of `within`.
     """
-    place = Path(path).expanduser()
-    if place.is_file():
-        return _local(path, place)
-    if place.is_dir():
-        names = sorted(file.name for file in place.iterdir())
-        return _local(path, place / _choose(path, names))
+    if "\0" in path:  # the one character that no name has, and that file functions fail on
+        raise InvalidAdapter(f"{path!r} does not exist")
+    try:
+        place = _confined(path, Path(path), within) if within else Path(path).expanduser()
+        if place.is_file():
+            return _local(path, place, within)
+        if place.is_dir():
+            names = sorted(file.name for file in place.iterdir())
+            return _local(path, place / _choose(path, names), within)
+    except OSError as error:  # a name too long, a folder that may not be read
+        raise InvalidAdapter(f"'{path}' can't be read: {error.strerror}") from error
+    if within:
+        raise InvalidAdapter(
+            f"'{path}' does not exist in this server's folder of adapters, and it takes adapters from nowhere else"
+        )
     # Two components ending in .safetensors are a relative path: no one calls a repo that.
     match = REPO.fullmatch(path)
     if match is None or (path.endswith(".safetensors") and match["file"] is None):
@@ -60,13 +75,24 @@ def resolve(path: str) -> Source:
     return _download(path, match["repo"], match["revision"], match["file"])
 
 
-def _local(path: str, file: Path) -> Source:
+def _local(path: str, file: Path, within: Path | None) -> Source:
     if file.suffix in PICKLES:
         raise InvalidAdapter(f"'{path}' is a pickle; only safetensors files are read, because pickles can run code")
     config: Path | None = file.parent / CONFIG_NAME
     config = config if config and config.is_file() else None
+    if within:
+        file = _confined(path, file, within)
+        config = config and _confined(path, config, within)
     state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in (file, config) if f]
     return Source(path, file, config, identity=sha256(repr(state).encode()).hexdigest())
+
+
+def _confined(path: str, place: Path, within: Path) -> Path:
+    """Where `place` really lies. What lies outside is refused in the same words whether it exists or not."""
+    real = Path(os.path.realpath(within / place))
+    if not real.is_relative_to(os.path.realpath(within)):
+        raise InvalidAdapter(f"'{path}' lies outside of this server's folder of adapters")
+    return real
 
 
 def _choose(path: str, names: list[str]) -> str:

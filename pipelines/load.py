@@ -35,6 +35,8 @@ class Model:
     """What one rank holds. Jobs share its modules, and nothing else."""
 
     card: ModelCard
+    directory: Path
+    """Where its files lie, in the diffusers layout."""
     pipeline: DiffusionPipeline
     """As loaded. Jobs compute with views of it."""
     pipeline_classes: Mapping[Task, type[DiffusionPipeline]]
@@ -105,6 +107,7 @@ def load_model(args: ServerArgs, mesh: Mesh | None = None) -> Model:
             num_gpus=args.num_gpus,
             created=int(time.time()),
         ),
+        directory=directory,
         pipeline=pipeline,
         pipeline_classes={Task(task): getattr(diffusers, name) for task, name in family.tasks.items()},
         transformers=transformers,

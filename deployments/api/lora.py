@@ -20,9 +20,6 @@ from pipelines.job import LoRASpec
 
 router = APIRouter(prefix="/v1", tags=["LoRA"])
 
-ALL = ("all",)
-"""The target of an adapter that names no transformer."""
-
 
 @router.post("/set_lora", responses=errors(400, 404, 409, 503), openapi_extra=request_body(SetLoRA, JSON))
 async def set_lora(request: Request, services: Served) -> LoRAAnswer:
@@ -53,7 +50,13 @@ async def unmerge_lora_weights(request: Request, services: Served) -> LoRAAnswer
     """Restore the base weights, bit for bit. New jobs get no adapter unless they ask for one."""
     wanted = LoRATargets.parse(await read_fields(request))
     status = await services.state.unmerge_lora(tuple(wanted.target) if wanted.target else None)
-    return _answer(f"Successfully unmerged LoRA weights (target: {', '.join(wanted.target or ALL)})", status)
+    return _answer(f"Successfully unmerged LoRA weights (target: {', '.join(wanted.target or ['all'])})", status)
+
+
+@router.delete("/loras/{nickname:path}", responses=errors(404, 409, 503))
+async def delete_lora(nickname: str, services: Served) -> LoRAAnswer:
+    """Forget a nickname, and free the memory of its factors."""
+    return _answer(f"Successfully deleted LoRA adapter: {nickname}", await services.state.delete_lora(nickname))
 
 
 @router.get("/list_loras", responses=errors(503))
@@ -85,20 +88,15 @@ def _answer(message: str, status: LoRAStatus) -> LoRAAnswer:
 
 
 def _active(status: LoRAStatus) -> dict[str, ActiveAdapters]:
-    """The composition by transformer. One for all of them stands under `transformer`, which every model has."""
     paths = {adapter.nickname: adapter.path for adapter in status.loaded}
-    names = dict.fromkeys(name for adapter in status.set for name in adapter.target if name not in ALL)
-    active = {}
-    for transformer in {"transformer": None, **names} if status.set else {}:
-        adapters = [a for a in status.set if transformer in a.target or a.target == ALL]
-        if adapters:
-            nicknames = [a.nickname for a in adapters]
-            active[transformer] = ActiveAdapters(
-                nickname=",".join(nicknames),
-                nicknames=nicknames,
-                path=",".join(paths.get(nickname, "") for nickname in nicknames),
-                merged=status.merged,
-                strength=adapters[0].strength,
-                strengths=[a.strength for a in adapters],
-            )
-    return active
+    return {
+        transformer: ActiveAdapters(
+            nickname=",".join(a.nickname for a in active.adapters),
+            nicknames=[a.nickname for a in active.adapters],
+            path=",".join(paths[a.nickname] for a in active.adapters),
+            merged=active.merged,
+            strength=active.adapters[0].strength,
+            strengths=[a.strength for a in active.adapters],
+        )
+        for transformer, active in status.active.items()
+    }

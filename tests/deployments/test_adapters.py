@@ -1,410 +1,194 @@
-"""The rules by which the default adapter of new jobs changes, with replicas that are tasks of this event loop."""
+"""Nicknames, the files they stand for, and the cache of factors."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
-from typing import Literal
+from typing import Any
 
 import pytest
 
-from deployments.adapters import AdapterRegistry, LoadedAdapter
+from deployments.adapters import AdapterRegistry
 from deployments.errors import APIError
-from deployments.interfaces import LoRARequest, LoRAStatus
-from deployments.propagation import Composition, Merged, Propagation, follow
-
-SIZE = 100
-
-
-class Files:
-    """Adapters by path, with a version each; everything else is refused as the engine refuses it."""
-
-    def __init__(self) -> None:
-        self.versions = dict.fromkeys("abcd", 1)
-        self.loads: list[str] = []
-
-    async def identify_lora(self, path: str) -> str:
-        await asyncio.sleep(0)
-        if path not in self.versions:
-            raise APIError(400, f"LoRA '{path}' does not exist", param="lora_path", code="invalid_lora")
-        return f"{path}@{self.versions[path]}"
-
-    async def load_lora(self, path: str) -> LoadedAdapter:
-        identity = await self.identify_lora(path)
-        self.loads.append(path)
-        return LoadedAdapter(identity, identity.encode().ljust(SIZE), 4, SIZE, ("transformer", "transformer_2"))
-
-
-class EngineReplica:
-    """What an engine replica does with the registry, with weights that are just the composition."""
-
-    def __init__(self, registry: AdapterRegistry, name: str):
-        self.registry = registry
-        self.weights: Composition = ()
-        self.merges: list[Composition] = []
-        self.fails_on: set[str] = set()
-        self.busy = asyncio.Event()
-        self.busy.set()
-        self.task = asyncio.create_task(follow(registry, name, self.merge))
-
-    async def merge(self, composition: Composition) -> Merged:
-        await self.busy.wait()
-        for spec in composition:
-            assert (await self.registry.factors(spec.identity)).strip() == spec.identity.encode()
-        if failing := self.fails_on & {spec.nickname for spec in composition}:
-            return Merged(self.weights, f"no memory for {failing.pop()}")
-        self.weights = composition
-        self.merges.append(composition)
-        return Merged(composition, num_bytes_held=7 * len(composition))
-
-    async def die(self) -> None:
-        self.task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self.task
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(2):
-        while not condition():
-            await asyncio.sleep(0)
-
-
-class Server:
-    """A registry and its replicas, at a pace for tests."""
-
-    def __init__(self, switch: Literal["refuse", "auto"] = "refuse", cache_bytes: int = 10 * SIZE):
-        self.files = Files()
-        self.propagation = Propagation(poll_seconds=0.02, forget_seconds=0.1)
-        self.registry = AdapterRegistry(
-            lambda: self.files, cache_bytes=cache_bytes, switch=switch, propagation=self.propagation
-        )
-        self.replicas: list[EngineReplica] = []
-
-    async def start(self, count: int) -> None:
-        self.replicas += [EngineReplica(self.registry, f"replica-{i}") for i in range(count)]
-        await until(lambda: len(self.propagation.replicas) == len(self.replicas))
-
-    async def set(self, nickname: str, path: str | None = None, strength: float = 1.0) -> LoRAStatus:
-        return await self.registry.set_lora([LoRARequest(nickname, path, strength)])
-
-    async def job(self, *requests: LoRARequest) -> list[tuple[str, str, float]]:
-        specs = await self.registry.lora_for_job(requests or None)
-        return [(spec.nickname, spec.identity, spec.strength) for spec in specs]
+from deployments.interfaces import LoRARequest
+from pipelines.job import LoRASpec
+from tests.deployments.adapter_files import SIZE, AdapterFiles
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    running = Server()
-    await running.start(2)
-    yield running
-    for replica in running.replicas:
-        await replica.die()
+def files() -> AdapterFiles:
+    return AdapterFiles()
 
 
-def nicknames(composition: Sequence) -> list[str]:
-    return [spec.nickname for spec in composition]
+@pytest.fixture
+def registry(files: AdapterFiles) -> AdapterRegistry:
+    return AdapterRegistry(lambda: files, cache_bytes=10 * SIZE)
 
 
-# Setting, merging and unmerging.
+async def specs(registry: AdapterRegistry, *requests: LoRARequest) -> list[tuple[str, str, float]]:
+    return [(spec.nickname, spec.identity, spec.strength) for spec in await registry.for_job(requests)]
 
 
-async def test_set_lora_returns_when_every_replica_has_merged(server: Server) -> None:
-    status = await server.set("style", "a", 0.7)
-    assert [nicknames(replica.weights) for replica in server.replicas] == [["style"], ["style"]]
-    assert status.merged
-    assert {name: nicknames(specs) for name, specs in status.replicas.items()} == {
-        "replica-0": ["style"],
-        "replica-1": ["style"],
-    }
-    assert status.num_bytes_held == {"replica-0": 7, "replica-1": 7}
-    assert await server.job() == [("style", "a@1", 0.7)]
-
-
-async def test_a_composition_is_one_default(server: Server) -> None:
-    await server.registry.set_lora([LoRARequest("style", "a", 0.6), LoRARequest("face", "b", 0.35)])
-    assert await server.job() == [("style", "a@1", 0.6), ("face", "b@1", 0.35)]
-    assert server.replicas[0].merges == [(), server.replicas[0].weights]
-
-
-async def test_setting_what_is_merged_again_changes_nothing(server: Server) -> None:
-    await server.set("style", "a")
-    await server.set("style", "a")
-    await server.set("style")
-    assert len(server.replicas[0].merges) == 2
-    assert server.files.loads == ["a"]
-
-
-async def test_the_strength_of_what_is_merged_can_be_set_anew(server: Server) -> None:
-    await server.set("style", "a")
-    await server.set("style", strength=0.5)
-    assert await server.job() == [("style", "a@1", 0.5)]
-
-
-async def test_another_adapter_is_refused_while_one_is_merged(server: Server) -> None:
-    await server.set("style", "a")
-    with pytest.raises(APIError, match=r"LoRA 'style' is merged\. Call POST /v1/unmerge_lora_weights first") as refused:
-        await server.set("face", "b")
-    assert refused.value.status == 409
-    assert refused.value.headers == {"x-should-retry": "false"}
-    assert nicknames((await server.registry.list_loras()).set) == ["style"]
-    assert server.files.loads == ["a"]
-
-
-async def test_switching_is_automatic_when_so_configured() -> None:
-    server = Server(switch="auto")
-    await server.start(1)
-    await server.set("style", "a")
-    await server.set("face", "b")
-    assert nicknames(server.replicas[0].weights) == ["face"]
-    await server.set("face", "c")
-    assert await server.job() == [("face", "c@1", 1.0)]
-    await server.replicas[0].die()
-
-
-async def test_unmerge_then_merge_brings_back_the_strengths_that_were_set(server: Server) -> None:
-    await server.registry.set_lora([LoRARequest("style", "a", 0.6), LoRARequest("face", "b", 0.35)])
-    status = await server.registry.unmerge_lora()
-    assert (status.merged, server.replicas[1].weights, await server.job()) == (False, (), [])
-    assert nicknames(status.set) == ["style", "face"]
-    await server.registry.merge_lora()
-    assert await server.job() == [("style", "a@1", 0.6), ("face", "b@1", 0.35)]
-    await server.registry.merge_lora(strength=1.0)
-    assert await server.job() == [("style", "a@1", 1.0), ("face", "b@1", 1.0)]
-    await server.registry.unmerge_lora()
-    await server.registry.merge_lora()
-    assert await server.job() == [("style", "a@1", 0.6), ("face", "b@1", 0.35)]
-
-
-async def test_unmerging_nothing_and_merging_what_is_merged_change_nothing(server: Server) -> None:
-    assert not (await server.registry.unmerge_lora()).merged
-    await server.set("style", "a")
-    await server.registry.merge_lora()
-    assert len(server.replicas[0].merges) == 2
-
-
-async def test_one_expert_alone_can_be_unmerged(server: Server) -> None:
-    await server.set("style", "a")
-    await server.registry.unmerge_lora(target=("critic",))
-    assert server.replicas[0].weights[0].target == ("all",)
-    await server.registry.unmerge_lora(target=("transformer",))
-    assert server.replicas[0].weights[0].target == ("transformer_2",)
-    assert not (await server.registry.unmerge_lora(target=("transformer_2",))).merged
-
-
-async def test_merging_before_anything_was_set_is_refused(server: Server) -> None:
-    with pytest.raises(APIError, match="Call POST /v1/set_lora first"):
-        await server.registry.merge_lora()
-
-
-async def test_targets_that_the_model_lacks_are_ignored_and_named(server: Server) -> None:
-    status = await server.registry.set_lora([LoRARequest("style", "a", target=("transformer", "critic"))])
-    assert status.notes == ("target 'critic' is ignored: there is only transformer, transformer_2",)
+def nicknames(registry: AdapterRegistry) -> list[str]:
+    return [loaded.nickname for loaded in registry.loaded]
 
 
 # Names and files.
 
 
-async def test_an_unknown_nickname_needs_a_path(server: Server) -> None:
+async def test_a_nickname_stands_for_the_file_it_was_first_used_with(registry: AdapterRegistry) -> None:
+    assert await specs(registry, LoRARequest("face", "b", 0.5)) == [("face", "b@1", 0.5)]
+    assert await specs(registry, LoRARequest("face")) == [("face", "b@1", 1.0)]
+    assert await registry.for_job([]) == ()
+
+
+async def test_an_unknown_nickname_needs_a_path(registry: AdapterRegistry) -> None:
     with pytest.raises(APIError, match="lora_path is needed") as refused:
-        await server.set("style")
+        await registry.for_job([LoRARequest("face")])
     assert refused.value.status == 404
 
 
-async def test_a_nickname_moves_to_another_path_only_while_it_is_not_merged(server: Server) -> None:
-    await server.set("style", "a")
-    with pytest.raises(APIError, match="'style' stands for another lora_path") as refused:
-        await server.set("style", "b")
+async def test_a_job_cannot_move_a_nickname(registry: AdapterRegistry) -> None:
+    await registry.for_job([LoRARequest("face", "b")])
+    with pytest.raises(APIError, match="stands for another lora_path") as refused:
+        await registry.for_job([LoRARequest("face", "c")])
     assert refused.value.status == 409
-    await server.registry.unmerge_lora()
-    await server.set("style", "b")
-    assert await server.job() == [("style", "b@1", 1.0)]
 
 
-async def test_one_nickname_given_twice_is_refused(server: Server) -> None:
+async def test_one_nickname_given_twice_is_refused(registry: AdapterRegistry) -> None:
     with pytest.raises(APIError, match="given twice"):
-        await server.registry.set_lora([LoRARequest("style", "a"), LoRARequest("style", "b")])
+        await registry.for_job([LoRARequest("face", "a"), LoRARequest("face", "b")])
 
 
-async def test_a_bad_adapter_leaves_what_was_active() -> None:
-    server = Server(switch="auto")
-    await server.start(1)
-    await server.set("style", "a", 0.7)
+async def test_a_bad_adapter_takes_no_nickname(registry: AdapterRegistry) -> None:
     with pytest.raises(APIError, match="does not exist"):
-        await server.registry.set_lora([LoRARequest("face", "b"), LoRARequest("bad", "nowhere")])
-    status = await server.registry.list_loras()
-    assert nicknames(status.set) == nicknames(server.replicas[0].weights) == ["style"]
-    assert [loaded.nickname for loaded in status.loaded] == ["style"]
-    assert await server.job() == [("style", "a@1", 0.7)]
-    await server.replicas[0].die()
+        await registry.for_job([LoRARequest("bad", "nowhere")])
+    assert nicknames(registry) == []
 
 
-async def test_a_changed_file_is_loaded_again_and_said_so(server: Server) -> None:
-    await server.set("style", "a")
-    server.files.versions["a"] = 2
-    status = await server.set("style")
-    assert status.notes == ("the file of 'style' has changed and was loaded again",)
-    assert server.replicas[0].weights[0].identity == "a@2"
-    assert (await server.set("style")).notes == ()
+async def test_a_free_nickname_may_stand_for_another_file(registry: AdapterRegistry) -> None:
+    await registry.for_job([LoRARequest("face", "b")])
+    registry.forget("face")
+    assert await specs(registry, LoRARequest("face", "c")) == [("face", "c@1", 1.0)]
+    with pytest.raises(APIError, match="not known") as refused:
+        registry.forget("hand")
+    assert refused.value.status == 404
 
 
-async def test_a_nickname_is_freed_unless_it_is_merged(server: Server) -> None:
-    await server.set("style", "a")
-    with pytest.raises(APIError, match="is merged"):
-        await server.registry.delete_lora("style")
-    await server.registry.unmerge_lora()
-    status = await server.registry.delete_lora("style")
-    assert (status.loaded, status.set) == ((), ())
-    with pytest.raises(APIError, match="not known"):
-        await server.registry.delete_lora("style")
+@pytest.mark.parametrize(
+    ("target", "changed", "ignored"),
+    [
+        (("all",), ("transformer", "transformer_2"), []),
+        (("transformer_2",), ("transformer_2",), []),
+        (("transformer", "critic"), ("transformer",), ["critic"]),
+        (("critic",), (), ["critic"]),
+    ],
+)
+async def test_a_target_is_one_of_the_transformers_that_the_adapter_has_factors_for(
+    registry: AdapterRegistry, target: tuple[str, ...], changed: tuple[str, ...], ignored: list[str]
+) -> None:
+    (spec,) = await registry.for_job([LoRARequest("style", "a", target=target)])
+    assert registry.transformers_of(spec) == changed
+    assert registry.ignored_targets(spec) == [
+        f"target '{name}' is ignored: there is only transformer, transformer_2" for name in ignored
+    ]
 
 
 # Memory.
 
 
-async def test_an_evicted_adapter_is_loaded_again_from_its_path() -> None:
-    server = Server(cache_bytes=2 * SIZE)
-    for nickname in "abc":
-        await server.set(nickname, nickname)
-        await server.registry.unmerge_lora()
-    assert server.files.loads == ["a", "b", "c"]
-    await server.set("c")
-    assert server.files.loads == ["a", "b", "c"]
-    await server.registry.unmerge_lora()
-    await server.set("a")
-    assert server.files.loads == ["a", "b", "c", "a"]
-    assert (await server.registry.factors("b@1")).strip() == b"b@1"
+async def test_jobs_that_need_the_same_adapter_load_it_once(registry: AdapterRegistry, files: AdapterFiles) -> None:
+    await asyncio.gather(*[registry.for_job([LoRARequest("face", "b")]) for _ in range(5)])
+    assert files.loads == ["b"]
 
 
-async def test_what_is_merged_is_never_evicted() -> None:
-    server = Server(cache_bytes=0)
-    await server.set("a", "a")
-    await server.registry.factors("a@1")
-    assert server.files.loads == ["a"]
-    await server.registry.lora_for_job([LoRARequest("b", "b")])
-    await server.registry.factors("a@1")
-    assert server.files.loads == ["a", "b"]
+async def test_an_evicted_adapter_is_loaded_again_from_its_path_once(files: AdapterFiles) -> None:
+    registry = AdapterRegistry(lambda: files, cache_bytes=2 * SIZE)
+    for name in "abc":
+        await registry.for_job([LoRARequest(name, name)])
+    assert await registry.factors("c@1") == "factors of c@1"
+    assert files.loads == ["a", "b", "c"]
+    assert await asyncio.gather(*[registry.factors("a@1") for _ in range(3)]) == ["factors of a@1"] * 3
+    assert files.loads == ["a", "b", "c", "a"]
 
 
-async def test_weights_that_are_gone_for_good_are_not_replaced_by_others() -> None:
-    server = Server(cache_bytes=0)
-    (spec,) = await server.registry.lora_for_job([LoRARequest("a", "a")])
-    await server.registry.lora_for_job([LoRARequest("b", "b")])
-    server.files.versions["a"] = 2
+async def test_what_is_pinned_is_never_evicted(files: AdapterFiles) -> None:
+    registry = AdapterRegistry(lambda: files, cache_bytes=0)
+    registry.pin(await registry.for_job([LoRARequest("a", "a")]))
+    await registry.for_job([LoRARequest("b", "b")])
+    await registry.factors("a@1")
+    assert files.loads == ["a", "b"]
+
+
+async def test_a_freed_nickname_frees_the_factors_unless_another_stands_for_them(
+    registry: AdapterRegistry, files: AdapterFiles
+) -> None:
+    await registry.for_job([LoRARequest("one", "a"), LoRARequest("other", "a")])
+    registry.forget("one")
+    await registry.factors("a@1")
+    assert files.loads == ["a"]
+    registry.forget("other")
+    await registry.factors("a@1")  # for a job that was accepted before
+    assert files.loads == ["a", "a"]
+
+
+async def test_weights_that_are_gone_for_good_are_not_replaced_by_others(files: AdapterFiles) -> None:
+    registry = AdapterRegistry(lambda: files, cache_bytes=0)
+    (spec,) = await registry.for_job([LoRARequest("a", "a")])
+    await registry.for_job([LoRARequest("b", "b")])
+    files.versions["a"] = 2
     with pytest.raises(APIError, match="has changed since the job was accepted") as refused:
-        await server.registry.factors(spec.identity)
+        await registry.factors(spec.identity)
     assert refused.value.status == 409
 
 
-# Jobs.
-
-
-async def test_a_job_may_name_its_own_adapters(server: Server) -> None:
-    await server.set("style", "a")
-    assert await server.job(LoRARequest("face", "b", 0.5)) == [("face", "b@1", 0.5)]
-    assert await server.job(LoRARequest("face")) == [("face", "b@1", 1.0)]
-    assert await server.registry.lora_for_job([]) == ()
-    assert nicknames(server.replicas[0].weights) == ["style"]
-
-
-async def test_a_job_cannot_move_a_nickname(server: Server) -> None:
-    await server.job(LoRARequest("face", "b"))
-    with pytest.raises(APIError, match="stands for another lora_path"):
-        await server.job(LoRARequest("face", "c"))
-
-
-async def test_jobs_that_need_the_same_adapter_load_it_once(server: Server) -> None:
-    await asyncio.gather(*[server.job(LoRARequest("face", "b")) for _ in range(5)])
-    assert server.files.loads == ["b"]
-
-
-# Replicas.
-
-
-async def test_without_replicas_set_lora_returns_at_once_and_a_late_one_catches_up() -> None:
-    server = Server()
-    await server.set("style", "a")
-    await server.start(1)
-    await until(lambda: nicknames(server.replicas[0].weights) == ["style"])
-    await server.replicas[0].die()
-
-
-async def test_a_failing_replica_fails_the_call_and_the_previous_default_comes_back() -> None:
-    server = Server(switch="auto")
-    await server.start(2)
-    await server.set("style", "a")
-    server.replicas[1].fails_on = {"face"}
-    with pytest.raises(APIError, match="'face' could not be merged: replica-1: no memory for face") as failed:
-        await server.set("face", "b")
-    assert (failed.value.status, failed.value.code) == (500, "lora_merge_failed")
-    assert [nicknames(replica.weights) for replica in server.replicas] == [["style"], ["style"]]
-    assert await server.job() == [("style", "a@1", 1.0)]
-    assert [loaded.nickname for loaded in (await server.registry.list_loras()).loaded] == ["style"]
-    for replica in server.replicas:
-        await replica.die()
-
-
-async def test_a_busy_replica_is_waited_for_as_long_as_it_polls(server: Server) -> None:
-    server.replicas[0].busy.clear()
-    setting = asyncio.create_task(server.set("style", "a"))
-    await asyncio.sleep(0.3)  # three times as long as it takes to be forgotten
-    assert not setting.done()
-    assert await server.job() == []
-    server.replicas[0].busy.set()
-    await setting
-    assert nicknames(server.replicas[0].weights) == ["style"]
-
-
-async def test_a_replica_that_died_is_forgotten(server: Server) -> None:
-    await server.replicas[0].die()
-    async with asyncio.timeout(2):
-        status = await server.set("style", "a")
-    assert list(status.replicas) == ["replica-1"]
-
-
-async def test_a_cancelled_call_leaves_the_previous_default(server: Server) -> None:
-    server.replicas[0].busy.clear()
-    setting = asyncio.create_task(server.set("style", "a"))
-    await asyncio.sleep(0.05)
-    setting.cancel()
-    with suppress(asyncio.CancelledError):
-        await setting
-    server.replicas[0].busy.set()
-    await server.set("face", "b")
-    assert [nicknames(replica.weights) for replica in server.replicas] == [["face"], ["face"]]
-
-
-async def test_changes_that_come_at_once_are_made_one_after_the_other(server: Server) -> None:
-    outcomes = await asyncio.gather(*[server.set(name, name) for name in "abcd"], return_exceptions=True)
-    assert [type(outcome) for outcome in outcomes].count(APIError) == 3
-    assert server.replicas[0].weights == server.replicas[1].weights
+async def test_factors_of_what_was_never_loaded_are_not_found(registry: AdapterRegistry) -> None:
+    with pytest.raises(APIError, match="never been loaded") as refused:
+        await registry.factors("a@1")
+    assert refused.value.status == 404
 
 
 # Restarts.
 
 
-async def test_a_snapshot_brings_everything_back_but_the_bytes(server: Server) -> None:
-    await server.set("style", "a", 0.7)
-    await server.job(LoRARequest("face", "b"))
-    snapshot = json.loads(json.dumps(server.registry.snapshot()))
-
-    later = Server()
-    await later.registry.restore(snapshot)
-    assert await later.job() == [("style", "a@1", 0.7)]
-    assert {loaded.nickname for loaded in (await later.registry.list_loras()).loaded} == {"style", "face"}
-    assert later.files.loads == []
-    await later.start(1)
-    await until(lambda: nicknames(later.replicas[0].weights) == ["style"])
-    assert later.files.loads == ["a"]
-    await later.replicas[0].die()
+async def restarted(registry: AdapterRegistry, files: AdapterFiles, *in_use: LoRASpec) -> AdapterRegistry:
+    later = AdapterRegistry(lambda: files, cache_bytes=10 * SIZE)
+    later.restore(json.loads(json.dumps(registry.snapshot({spec.identity for spec in in_use}))))
+    return later
 
 
-async def test_a_snapshot_of_an_unmerged_adapter_can_be_merged_again(server: Server) -> None:
-    await server.set("style", "a", 0.7)
-    await server.registry.unmerge_lora()
-    later = Server()
-    await later.registry.restore(json.loads(json.dumps(server.registry.snapshot())))
-    assert await later.job() == []
-    await later.registry.merge_lora()
-    assert await later.job() == [("style", "a@1", 0.7)]
+async def test_a_snapshot_brings_everything_back_but_the_factors(
+    registry: AdapterRegistry, files: AdapterFiles
+) -> None:
+    before = await registry.for_job([LoRARequest("style", "a", 0.7), LoRARequest("face", "b")])
+    later = await restarted(registry, files)
+    assert later.loaded == registry.loaded
+    assert await later.for_job([LoRARequest("style", strength=0.7), LoRARequest("face")]) == before
+    assert files.loads == ["a", "b"]
+    assert await later.factors("a@1") == "factors of a@1"
+    assert files.loads == ["a", "b", "a"]
+
+
+async def test_a_snapshot_forgets_what_nothing_names_any_more(registry: AdapterRegistry, files: AdapterFiles) -> None:
+    (of_a_job,) = await registry.for_job([LoRARequest("style", "a")])
+    await registry.for_job([LoRARequest("face", "b")])
+    for nickname in ("style", "face"):
+        registry.forget(nickname)
+    later = await restarted(registry, files, of_a_job)
+    assert await later.factors(of_a_job.identity) == "factors of a@1"
+    with pytest.raises(APIError, match="never been loaded"):
+        await later.factors("b@1")
+
+
+@pytest.mark.parametrize(
+    ("requests", "changed"),
+    [([LoRARequest("style")], False), ([LoRARequest("style", "a")], False), ([LoRARequest("face", "b")], True)],
+    ids=["a known nickname", "a known nickname with its path", "a new one"],
+)
+async def test_only_what_a_snapshot_holds_counts_as_a_change(
+    registry: AdapterRegistry, requests: list[Any], changed: bool
+) -> None:
+    await registry.for_job([LoRARequest("style", "a")])
+    before = registry.changes
+    await registry.for_job(requests)
+    assert (registry.changes != before) is changed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,73 @@ def test_a_changed_config_is_another_identity(tmp_path: Path) -> None:
     before = resolve(str(file)).identity
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 16}')
     assert resolve(str(file)).identity != before
+
+
+class TestWithinAFolder:
+    """Where an operator has said that adapters come from one folder alone."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        weights(tmp_path / "secret.safetensors")
+        weights(tmp_path / "adapters-of-others" / "style.safetensors")
+        weights(tmp_path / "adapters" / "style.safetensors")
+        weights(tmp_path / "adapters" / "more" / "ink.safetensors")
+        return tmp_path / "adapters"
+
+    @pytest.mark.parametrize("path", ["style.safetensors", "more/../style.safetensors", "more", "more/ink.safetensors"])
+    def test_relative_paths_start_there(self, folder: Path, path: str) -> None:
+        assert resolve(path, folder).file.is_relative_to(folder)
+
+    def test_absolute_paths_into_it_mean_the_same(self, folder: Path) -> None:
+        assert resolve(str(folder / "style.safetensors"), folder) == replace(
+            resolve("style.safetensors", folder), path=str(folder / "style.safetensors")
+        )
+
+    def test_a_folder_that_is_itself_a_link_is_followed(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to(folder)
+        assert resolve("style.safetensors", tmp_path / "link").file == folder / "style.safetensors"
+        assert resolve(str(tmp_path / "link" / "style.safetensors"), tmp_path / "link").file.is_relative_to(folder)
+
+    @pytest.mark.parametrize("place", ["secret.safetensors", "nowhere.safetensors", "", "adapters-of-others"])
+    @pytest.mark.parametrize("form", ["../{place}", "more/../../{place}", "{parent}/{place}"])
+    def test_what_lies_outside_is_refused_in_the_same_words_whether_it_is_there_or_not(
+        self, folder: Path, place: str, form: str
+    ) -> None:
+        path = form.format(place=place, parent=folder.parent)
+        with pytest.raises(InvalidAdapter) as refused:
+            resolve(path, folder)
+        assert str(refused.value) == f"'{path}' lies outside of this server's folder of adapters"
+
+    @pytest.mark.parametrize("linked", ["file.safetensors", "folder", "folder/adapter.safetensors", "config"])
+    def test_links_that_lead_outside_are_refused(self, folder: Path, linked: str) -> None:
+        outside = folder.parent / "adapters-of-others"
+        (folder / "file.safetensors").symlink_to(folder.parent / "secret.safetensors")
+        (folder / "folder").symlink_to(outside)
+        (outside / "adapter.safetensors").symlink_to(folder / "style.safetensors")
+        weights(folder / "config" / "adapter_model.safetensors")
+        (folder.parent / "adapter_config.json").write_text("{}")
+        (folder / "config" / "adapter_config.json").symlink_to(folder.parent / "adapter_config.json")
+        if linked == "folder/adapter.safetensors":  # there and back again: the file itself lies inside
+            assert resolve(linked, folder).file == folder / "style.safetensors"
+            return
+        with pytest.raises(InvalidAdapter, match="lies outside"):
+            resolve(linked, folder)
+
+    @pytest.mark.parametrize("path", ["someone/style", "someone/style@main", "nowhere.safetensors", "~"])
+    def test_there_is_no_other_place(self, folder: Path, path: str) -> None:
+        with pytest.raises(InvalidAdapter, match=f"'{path}' does not exist in this server's folder of adapters"):
+            resolve(path, folder)
+
+
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("path", ["x" * 5000, "loop", "no\0name"])
+def test_a_path_that_cannot_be_followed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, within: bool
+) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidAdapter, match=r"can't be read|does not exist"):
+        resolve(path, tmp_path if within else None)
 
 
 class TestHuggingFaceRepo:
