@@ -1,13 +1,14 @@
 # make serve   the server in the foreground with the bundled model; flags go in ARGS="--num-gpus 4 --port 30010"
 # make test    all tests; a choice of them goes in ARGS="tests/lora -k merge"
 # make lint    ruff and mypy
+# make chaos   200 jobs from 16 clients while processes of the server are killed, ten times over
 
 PYTHON ?= python3
 ARGS ?=
 CONSTRAINTS := .ci/constraints.txt
 LITELLM_CONSTRAINTS := .ci/constraints-litellm.txt
 
-.PHONY: serve test lint clean
+.PHONY: serve test lint chaos clean
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -21,6 +22,9 @@ test: export HF_HUB_OFFLINE := 1
 test: export OMP_WAIT_POLICY := PASSIVE
 test: .venv/installed .venv-litellm/installed
 	.venv/bin/python -m pytest $(ARGS)
+
+chaos: .venv/installed
+	.venv/bin/python -m benchmarks.chaos $(ARGS)
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -23,6 +23,8 @@ PROXY_ENVIRONMENT = {
     # unnoticed, 0 of 40 without splicing (which costs 0.6 ms of CPU per uploaded MB). Serve has no setting for it, but
     # copies the name of the balancing algorithm, by default `leastconn`, to the last line of HAProxy's `defaults`.
     "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "leastconn\nno option splice-request",
+    # A proxy that died is replaced after three failed checks: in 3 s, where Serve takes 30.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # The replicas' own ports: Serve's default range starts at 30000, which is this server's.
     "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": "31100",
     "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": "31200",

@@ -1,0 +1,184 @@
+"""A storm: clients that ask for pictures and clips while processes of the server are killed, one kind after another."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx2
+from openai import APIStatusError, OpenAI
+
+from tests.chaos.victims import VICTIMS, lose
+from tests.e2e.server import SHORT, SMALL, Server
+
+PATIENCE_SECONDS = 300.0
+"""A client whose job takes longer hangs."""
+
+READY_SECONDS = 120.0
+"""Patience with a server that heals."""
+
+SEEDS = 4
+"""Different jobs of a kind: their undisturbed outputs are known."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one client asks for."""
+
+    number: int
+    kind: str
+    """picture, streamed picture, clip"""
+    seed: int
+
+
+@dataclass
+class Report:
+    """What became of a storm."""
+
+    jobs: int = 0
+    lost: list[str] = field(default_factory=list)
+    """Jobs that failed, with the reason."""
+    wrong: list[str] = field(default_factory=list)
+    """Jobs whose pixels are not those of an undisturbed run."""
+    hung: list[str] = field(default_factory=list)
+    losses: list[tuple[str, float]] = field(default_factory=list)
+    """The kind of each killed process, and the seconds until `/ready` said yes again."""
+
+    @property
+    def clean(self) -> bool:
+        return not (self.lost or self.wrong or self.hung)
+
+
+class Storm:
+    """Jobs of all kinds from `clients` clients, all seeded, against a server that runs already: at least `jobs`, and as
+    many as it takes until a process of each kind was lost."""
+
+    def __init__(self, server: Server, *, seed: int, jobs: int, clients: int, victims: Sequence[str] = tuple(VICTIMS)):
+        self.server = server
+        self.jobs = jobs
+        self.clients = clients
+        self.victims = victims
+        self.report = Report()
+        self._seed = seed
+        self._numbers = itertools.count()
+        self._over = threading.Event()
+
+    def run(self) -> Report:
+        expected = {(kind, seed): self._ask(Task(0, kind, seed)) for kind in KINDS for seed in range(SEEDS)}
+        killing = threading.Thread(target=self._kill)
+        killing.start()
+        try:
+            with ThreadPoolExecutor(self.clients) as pool:
+                for client in [pool.submit(self._be_a_client, expected) for _ in range(self.clients)]:
+                    client.result()
+        finally:
+            self._over.set()
+            killing.join()
+        return self.report
+
+    def _be_a_client(self, expected: Mapping[tuple[str, int], bytes]) -> None:
+        while (number := next(self._numbers)) < self.jobs or len(self.report.losses) < len(self.victims):
+            chance = random.Random(f"{self._seed} {number}")
+            self._check(Task(number, chance.choice(list(KINDS)), chance.randrange(SEEDS)), expected)
+
+    def _check(self, task: Task, expected: Mapping[tuple[str, int], bytes]) -> None:
+        started = time.monotonic()
+        try:
+            if self._ask(task) != expected[task.kind, task.seed]:
+                self.report.wrong.append(str(task))
+        except Exception as error:
+            self.report.lost.append(f"{task}: {error!r}")
+        if time.monotonic() - started > PATIENCE_SECONDS:
+            self.report.hung.append(str(task))
+        self.report.jobs += 1
+
+    def _ask(self, task: Task) -> bytes:
+        client = OpenAI(
+            base_url=f"{self.server.base_url}/v1",
+            api_key="any",
+            # Each kill may cost a request its connection: twelve of them, with OpenAI's pauses of up to 8 s.
+            max_retries=12,
+            timeout=PATIENCE_SECONDS,
+            http_client=httpx2.Client(transport=PatientTransport(), timeout=PATIENCE_SECONDS),
+        )
+        with client:
+            return KINDS[task.kind](client, task)
+
+    def _kill(self) -> None:
+        turn = 0
+        chance = random.Random(self._seed)
+        while not self._over.wait(chance.uniform(1, 4)):
+            kind = self.victims[turn % len(self.victims)]
+            if lose(self.server, kind):
+                turn += 1
+                self.report.losses.append((kind, self._seconds_to_ready()))
+
+    def _seconds_to_ready(self) -> float:
+        """Until `/ready` says yes, having said no: a rank that hangs is noticed late."""
+        started = time.monotonic()
+        time.sleep(0.2)
+        while time.monotonic() - started < READY_SECONDS:
+            try:
+                if httpx2.get(f"{self.server.base_url}/ready", timeout=10).status_code == 200:
+                    return time.monotonic() - started
+            except httpx2.TransportError:
+                pass
+            time.sleep(0.1)
+        self.report.hung.append("the server is not ready again")
+        return READY_SECONDS
+
+
+class PatientTransport(httpx2.HTTPTransport):
+    """Waits for a proxy that has just been replaced: for a moment it knows no routes, and says 404 in plain text."""
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        response = super().handle_request(request)
+        if response.status_code == 404 and response.headers["content-type"] == "text/plain":
+            response.close()
+            raise httpx2.ConnectError("the proxy has no routes yet")
+        return response
+
+
+def _picture(client: OpenAI, task: Task) -> bytes:
+    answer = client.images.generate(**_arguments(SMALL, task))
+    return (answer.data or [])[0].b64_json.encode()  # type: ignore[union-attr]
+
+
+def _streamed_picture(client: OpenAI, task: Task) -> bytes:
+    """A stream that breaks off is asked for again: its client has no retries of its own by then."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            *_, last = client.images.generate(**_arguments(SMALL, task), stream=True)
+            return last.b64_json.encode()
+        except (httpx2.TransportError, APIStatusError, ValueError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def _clip(client: OpenAI, task: Task) -> bytes:
+    """The key makes a second attempt at a lost answer give the first one's video."""
+    key = f"storm-{task.number}-{task.seed}-{time.monotonic_ns()}"
+    video = client.videos.create(**_arguments(SHORT, task), extra_headers={"Idempotency-Key": key})
+    while video.status not in ("completed", "failed"):
+        time.sleep(0.2)
+        video = client.videos.retrieve(video.id)
+    if video.status == "failed":
+        raise RuntimeError(f"{video.id} failed: {video.error}")
+    return client.videos.download_content(video.id).content
+
+
+def _arguments(fields: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    native = {name: fields[name] for name in ("prompt", "size")}
+    extension = {name: value for name, value in fields.items() if name not in native}
+    return {**native, "extra_body": {**extension, "seed": task.seed}}
+
+
+KINDS = {"picture": _picture, "streamed picture": _streamed_picture, "clip": _clip}
