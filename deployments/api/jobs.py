@@ -8,6 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 from configs.model_family import ModelCard, SamplingDefaults
+from deployments import log
 from deployments.api.inputs import input_image, input_mask
 from deployments.api.protocol.requests import (
     GenerationRequest,
@@ -115,6 +116,7 @@ async def _submission(
     mask: bytes | None = None,
     **output: Any,
 ) -> Submission:
+    log.job_id.set(job_id)
     card = await services.engine.card()
     defaults = card.family.defaults_for(task)
     width, height = _frame_size(wanted, defaults, services.args.max_pixels)
