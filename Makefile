@@ -1,5 +1,6 @@
 # make serve   the server in the foreground with the bundled model; flags go in ARGS="--num-gpus 4 --port 30010"
 # make test    all tests; a choice of them goes in ARGS="tests/lora -k merge"
+# make fuzz    thousands of requests that nobody thought of, new ones each time
 # make lint    ruff and mypy
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ ARGS ?=
 CONSTRAINTS := .ci/constraints.txt
 LITELLM_CONSTRAINTS := .ci/constraints-litellm.txt
 
-.PHONY: serve test lint clean
+.PHONY: serve test fuzz lint clean
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -21,6 +22,9 @@ test: export HF_HUB_OFFLINE := 1
 test: export OMP_WAIT_POLICY := PASSIVE
 test: .venv/installed .venv-litellm/installed
 	.venv/bin/python -m pytest $(ARGS)
+
+fuzz: .venv/installed
+	.venv/bin/python -m pytest --hypothesis-profile=fuzz tests/deployments/api/test_fuzzing.py $(ARGS)
 
 lint: .venv/installed
 	.venv/bin/ruff check .
