@@ -1,5 +1,6 @@
 # make serve   the server in the foreground with the bundled model; flags go in ARGS="--num-gpus 4 --port 30010"
 # make test    all tests; a choice of them goes in ARGS="tests/lora -k merge"
+# make fuzz    thousands of requests that nobody thought of, new ones each time
 # make lint    ruff and mypy
 # make chaos   200 jobs from 16 clients while processes of the server are killed, ten times over
 
@@ -8,7 +9,7 @@ ARGS ?=
 CONSTRAINTS := .ci/constraints.txt
 LITELLM_CONSTRAINTS := .ci/constraints-litellm.txt
 
-.PHONY: serve test lint chaos clean
+.PHONY: serve test fuzz chaos lint clean
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -25,6 +26,9 @@ test: .venv/installed .venv-litellm/installed
 
 chaos: .venv/installed
 	.venv/bin/python -m benchmarks.chaos $(ARGS)
+
+fuzz: .venv/installed
+	.venv/bin/python -m pytest --hypothesis-profile=fuzz tests/deployments/api/test_fuzzing.py $(ARGS)
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -125,6 +125,7 @@ class ServerArgs(BaseModel):
         0.1, gt=0, description="CPUs each rank reserves in Ray (scheduling only; threads follow the machine)."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Level of the server's log.")
+    log_format: Literal["text", "json"] = Field("text", description="Lines of the server's log.")
 
     @model_validator(mode="before")
     @classmethod

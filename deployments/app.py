@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from configs.server_args import ServerArgs
+from deployments import log
 from deployments.clients import EngineClient, StateClient, connect_engine
 from deployments.engine import Engine
 from deployments.ingress import create_app
@@ -31,6 +32,7 @@ class Ingress:
     """The HTTP side: FastAPI over the engine's handle and the state actor. Holds no state, imports no torch."""
 
     def __init__(self, args: ServerArgs, engine: DeploymentHandle, keyring: Keyring):
+        log.configure(args, "ingress")
         self.args = args
         self.keyring = keyring
         self.engine = EngineClient(engine)

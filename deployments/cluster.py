@@ -71,7 +71,11 @@ def served(args: ServerArgs) -> Iterator[None]:
         serve.start(
             proxy_location="EveryNode" if joined else "HeadOnly",
             http_options={"host": args.host, "port": args.port, "keep_alive_timeout_s": 90},
-            logging_config={"log_level": args.log_level.upper(), "enable_access_log": False},
+            logging_config={
+                "log_level": args.log_level.upper(),
+                "encoding": args.log_format.upper(),
+                "enable_access_log": False,  # the ingress has its own
+            },
             # A cluster started here has inherited it, and saves the 2 s that Ray takes to make runtime environments.
             controller_options={"runtime_env": {"env_vars": environment}} if joined else None,
         )

@@ -64,10 +64,12 @@ MIGRATIONS = (
     ALTER TABLE new_videos RENAME TO videos;
     CREATE UNIQUE INDEX videos_by_idempotency_key ON videos (ifnull(tenant, ''), idempotency_key);
     CREATE INDEX videos_by_tenant ON videos (tenant);
-    CREATE INDEX videos_by_finish ON videos (finished_at) WHERE finished_at IS NOT NULL;
+    CREATE INDEX videos_by_finish ON videos (finished_at);
     ALTER TABLE images ADD COLUMN tenant TEXT;
     CREATE INDEX images_by_finish ON images (created_at);
     ALTER TABLE files ADD COLUMN num_bytes INTEGER;  -- NULL: written by a server that did not count
+    DROP INDEX files_by_owner;
+    CREATE INDEX files_by_owner ON files (owner, num_bytes);
     CREATE VIEW finished AS
         SELECT id, finished_at FROM videos WHERE finished_at IS NOT NULL
         UNION ALL SELECT id, created_at AS finished_at FROM images;

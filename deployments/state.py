@@ -6,6 +6,7 @@ It imports neither torch nor anything of the model. All it knows is on the disk,
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Literal, Protocol
@@ -14,6 +15,7 @@ import ray
 from ray.actor import ActorHandle
 
 from configs.server_args import ServerArgs
+from deployments import log
 from deployments.adapters import AdapterLoader, AdapterRegistry
 from deployments.content import ContentStore, image_key, input_key
 from deployments.default_lora import DefaultLoRA
@@ -35,6 +37,8 @@ from deployments.retention import Retention
 from deployments.storage import Storage
 from deployments.video_runner import VideoRunner
 from pipelines.job import Job, LoRASpec, Media
+
+logger = logging.getLogger(__name__)
 
 ACTOR_NAME = "ditserve-state"
 NAMESPACE = "ditserve"
@@ -65,7 +69,9 @@ class State:
         self._max_unfinished = args.max_queue
         self._content.sweep()
         for video in self._jobs.unfinished():
-            self._runner.start(video.job)
+            with log.about(video.job.id):
+                logger.info("taken up again")
+                self._runner.start(video.job)
         retention = Retention(self._jobs, self._content, ttl_s=args.video_ttl, max_bytes=args.storage_bytes)
         self._retention = asyncio.create_task(retention.enforce())
         self._adapters = AdapterRegistry(engine, cache_bytes=args.lora_cache_bytes)
@@ -99,7 +105,9 @@ class State:
             )
         video = self._jobs.create(job, model, idempotency_key, inputs, tenant)
         if video.job.id == job.id:
-            self._runner.start(job)
+            with log.about(job.id):
+                logger.info("queued")
+                self._runner.start(job)
         else:  # another call with the same idempotency key was faster
             await self._content.discard(inputs)
         return video
@@ -118,12 +126,16 @@ class State:
         if not self._jobs.get(video_id).finished:
             error = VideoError("cancelled", "The video was cancelled")
             await self._content.discard(self._jobs.transition(video_id, VideoStatus.FAILED, error=error, files=()))
+            with log.about(video_id):
+                logger.info("cancelled")
         return self._jobs.get(video_id)
 
     async def delete_video(self, video_id: str, tenant: str | None = None) -> None:
         self._jobs.get(video_id, tenant)
         await self._runner.stop(video_id)
         await self._content.discard(self._jobs.delete(video_id))
+        with log.about(video_id):
+            logger.info("deleted")
 
     async def video_content(
         self, video_id: str, variant: Variant, index: int = 0, tenant: str | None = None
@@ -224,6 +236,14 @@ class State:
         await self._default_lora.report_merged(replica_id, version, composition, error, num_bytes_held)
 
 
+class StateProcess(State):
+    """`State` with a process of its own."""
+
+    def __init__(self, args: ServerArgs, engine: Callable[[], ServedEngine]):
+        log.configure(args, "state")
+        super().__init__(args, engine)
+
+
 def state_actor(args: ServerArgs, engine: Callable[[], ServedEngine]) -> ActorHandle:
     """The state actor of this Ray cluster: the one that lives, else a new one. It stays on the head node, where its
     files are."""
@@ -242,7 +262,7 @@ def state_actor(args: ServerArgs, engine: Callable[[], ServedEngine]) -> ActorHa
         "max_task_retries": 3,
         "max_concurrency": 1000,
     }
-    return ray.remote(**options)(State).remote(args, engine)
+    return ray.remote(**options)(StateProcess).remote(args, engine)
 
 
 def forget_state_actor() -> None:

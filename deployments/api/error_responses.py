@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
 
@@ -14,12 +13,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from deployments.errors import APIError
+from deployments.log import request_id
 from pipelines.job import InvalidJob
 
 logger = logging.getLogger(__name__)
-
-request_id: ContextVar[str] = ContextVar("request_id", default="-")
-"""Id of the HTTP request that the current task answers: sent as `x-request-id`, printed in the log."""
 
 
 def error_object(error: APIError) -> dict[str, str | None]:
@@ -40,7 +37,7 @@ def as_api_error(failure: Exception) -> APIError:
         return failure
     if isinstance(failure, InvalidJob):
         return APIError(400, str(failure), param=failure.param, code="invalid_value")
-    logger.error("Request %s failed unexpectedly", request_id.get(), exc_info=failure)
+    logger.error("failed unexpectedly", exc_info=failure)
     return APIError(
         500,
         "The server failed to handle this request; its log has the reason under the request id "

@@ -81,7 +81,7 @@ async def _answer(
 ) -> Response:
     if wanted.stream and wanted.response_format == "url":
         raise APIError(400, "A stream carries b64_json, not urls", param="response_format", code="invalid_value")
-    require_right_to_load(caller, wanted.lora)
+    require_right_to_load(caller, wanted.lora, services.args)
     submission = await image_submission(wanted, services)
     if wanted.stream:
         return EventStream(_frames(services, submission, event))

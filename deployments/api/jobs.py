@@ -8,6 +8,8 @@ from typing import Any
 from uuid import uuid4
 
 from configs.model_family import ModelCard, SamplingDefaults
+from configs.server_args import ServerArgs
+from deployments import log
 from deployments.api.inputs import input_image, input_mask
 from deployments.api.protocol.requests import (
     GenerationRequest,
@@ -115,6 +117,7 @@ async def _submission(
     mask: bytes | None = None,
     **output: Any,
 ) -> Submission:
+    log.job_id.set(job_id)
     card = await services.engine.card()
     defaults = card.family.defaults_for(task)
     width, height = _frame_size(wanted, defaults, services.args.max_pixels)
@@ -187,13 +190,15 @@ def _family_parameters(
     return values
 
 
-def require_right_to_load(caller: Caller, choices: list[str | LoRAChoice] | None) -> None:
-    """Anybody may use what is loaded, but a path has the server read its disk or the Hugging Face Hub.
+def require_right_to_load(caller: Caller, choices: list[str | LoRAChoice] | None, args: ServerArgs) -> None:
+    """Anybody may use what is loaded, or lies in the folder for adapters. Without such a folder a path has the server
+    read anything on its disk or the Hugging Face Hub.
 
     Raises:
         APIError: 401 or 403; a choice has a path, and the caller is no admin.
     """
-    if any(isinstance(choice, LoRAChoice) and choice.path is not None for choice in choices or ()):
+    has_path = any(isinstance(choice, LoRAChoice) and choice.path is not None for choice in choices or ())
+    if has_path and args.lora_dir is None:
         caller.require_admin("An adapter by its path")
 
 

@@ -1,18 +1,24 @@
-"""What surrounds every request: its id, and an answer whatever happens."""
+"""What surrounds every request: its id, an answer whatever happens, and a line in the log."""
 
 from __future__ import annotations
 
 import logging
 import re
+import time
+from http import HTTPStatus
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.api.error_responses import as_api_error, error_response, request_id
+from deployments.api.error_responses import as_api_error, error_response
+from deployments.log import request_id
 
 logger = logging.getLogger(__name__)
+
+CLIENT_LEFT = 499
+"""The status that nginx logs for a client that did not wait for its answer."""
 
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
@@ -30,12 +36,13 @@ class RequestMiddleware:
             return
         proposed = Headers(scope=scope).get("x-request-id", "")
         request_id.set(proposed if _SANE_ID.fullmatch(proposed) else f"req_{uuid4().hex}")
-        started = False
+        begun = time.monotonic()
+        status = 0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 if self.sends_id:
                     MutableHeaders(scope=message)["x-request-id"] = request_id.get()
             await send(message)
@@ -43,8 +50,18 @@ class RequestMiddleware:
         try:
             await self.app(scope, receive, send_with_id)
         except ClientDisconnect:
-            logger.info("Client of request %s left", request_id.get())
+            status = CLIENT_LEFT
         except Exception as failure:
-            if started:
+            if status:
                 raise
             await error_response(as_api_error(failure))(scope, receive, send_with_id)
+        finally:
+            _log(scope, status, time.monotonic() - begun)
+
+
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    """By the route's pattern: what a client writes into a path is its own. Nobody looks for probes that went well."""
+    route = getattr(scope.get("route"), "path", "an unknown route")
+    is_probe = not route.startswith("/v1") and status < HTTPStatus.BAD_REQUEST
+    level = logging.DEBUG if is_probe else logging.INFO
+    logger.log(level, "%s %s %d in %.3f s", scope["method"], route, status, seconds)

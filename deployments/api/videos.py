@@ -39,7 +39,7 @@ async def create_video(
     """Start making a video from a prompt, and from an image if one is given."""
     fields = await read_fields(request, max_images=1, max_image_bytes=services.args.max_upload_bytes)
     wanted = VideoRequest.parse(fields)
-    require_right_to_load(caller, wanted.lora)
+    require_right_to_load(caller, wanted.lora, services.args)
     submission = await video_submission(wanted, services)
     card = await services.engine.card()
     video = await services.state.create_video(submission.job, submission.media, card.id, idempotency_key, caller.tenant)

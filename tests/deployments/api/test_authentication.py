@@ -27,12 +27,14 @@ class Server:
     http: httpx2.AsyncClient
     """A client that sends no key by itself."""
 
-    def operations(self) -> list[tuple[str, str]]:
-        """Every method and path of the API, with an id where one belongs."""
+    def operations(self, tag: str | None = None) -> list[tuple[str, str]]:
+        """Every method and path of the API (with this tag), with an id where one belongs."""
+        ids = {"video_id": "video_1", "image_id": "img_1", "model": "stand/in", "nickname": "ink"}
         return [
-            (method.upper(), path.format(video_id="video_1", image_id="img_1", model="stand/in"))
+            (method.upper(), path.format(**ids))
             for path, methods in self.app.openapi()["paths"].items()
-            for method in methods
+            for method, operation in methods.items()
+            if tag is None or tag in operation["tags"]
         ]
 
     async def create_video(self, key: str, **headers: str) -> str:
@@ -98,19 +100,13 @@ async def test_a_key_lets_in(server: Server, scheme: str, key: str) -> None:
     assert (await server.http.get("/v1/models", headers={"authorization": f"{scheme} {key}"})).status_code == 200
 
 
-LORA_ROUTES = [
-    ("POST", "/v1/set_lora"),
-    ("POST", "/v1/merge_lora_weights"),
-    ("POST", "/v1/unmerge_lora_weights"),
-    ("GET", "/v1/list_loras"),
-]
-
-
-@pytest.mark.parametrize(("method", "path"), LORA_ROUTES)
-async def test_the_lora_routes_are_the_admins(server: Server, method: str, path: str) -> None:
-    answer = await server.http.request(method, path, headers=by(ALICE))
-    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "admin_key_required")
-    assert (await server.http.request(method, path, headers=by(ADMIN))).status_code not in (401, 403)
+async def test_the_lora_routes_are_the_admins(server: Server) -> None:
+    routes = server.operations(tag="LoRA")
+    assert len(routes) >= 5
+    for method, path in routes:
+        answer = await server.http.request(method, path, headers=by(ALICE))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "admin_key_required"), f"{method} {path}"
+        assert (await server.http.request(method, path, headers=by(ADMIN))).status_code not in (401, 403)
 
 
 async def test_without_an_admin_key_the_lora_routes_take_an_ordinary_one(tmp_path: Path) -> None:
@@ -132,6 +128,13 @@ async def test_an_admin_key_alone_leaves_the_other_routes_open(tmp_path: Path) -
 async def test_an_adapter_by_its_path_is_the_admins(server: Server, path: str, lora: object) -> None:
     answer = await server.http.post(path, json={"prompt": "p", "lora": lora}, headers=by(ALICE))
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "admin_key_required")
+
+
+async def test_in_the_folder_for_adapters_anybody_may_choose(tmp_path: Path) -> None:
+    async with serving(tmp_path, api_key=ALICE, admin_api_key=ADMIN, lora_dir=str(tmp_path)) as server:
+        body = {"prompt": "p", "lora": {"path": "ink.safetensors"}}
+        answer = await server.http.post("/v1/videos", json=body, headers=by(ALICE))
+        assert answer.json()["error"]["code"] == "lora_not_found"  # so it was looked for
 
 
 async def test_a_key_lists_its_own_videos_and_an_admin_all(server: Server) -> None:

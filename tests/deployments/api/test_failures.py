@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager
 import httpx2
 import pytest
 
+from deployments import log
 from deployments.errors import APIError
 from pipelines.job import Event, InvalidJob, Job, Media, Progress, Task
 from tests.deployments.api.stand_in import StandInEngine, client_of
@@ -62,12 +63,13 @@ async def test_a_failure_before_the_first_step_has_its_own_status(
 
 
 async def test_an_unexpected_failure_is_logged_under_the_id_the_client_gets(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.handler.setFormatter(log.TextFormatter("ingress"))
     async with client(RuntimeError("the reason")) as http:
         with caplog.at_level(logging.ERROR):
             answer = await http.post("/v1/images/generations", json={"prompt": "p"}, headers={"x-request-id": "mine"})
     assert "mine" in answer.json()["error"]["message"]
     assert answer.headers["x-should-retry"] == "false"
-    assert "Request mine" in caplog.text
+    assert " ERROR ingress mine img_" in caplog.text
     assert "the reason" in caplog.text
 
 
