@@ -124,6 +124,12 @@ class ServerArgs(BaseModel):
     num_cpus_per_rank: float = Field(
         0.1, gt=0, description="CPUs each rank reserves in Ray (scheduling only; threads follow the machine)."
     )
+    metrics_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="Port of the Prometheus metrics. Left out: any; a cluster that is joined has one per node.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Level of the server's log.")
     log_format: Literal["text", "json"] = Field("text", description="Lines of the server's log.")
 

@@ -62,9 +62,16 @@ def served(args: ServerArgs) -> Iterator[None]:
         from deployments.state import ACTOR_NAME, NAMESPACE, forget_state_actor
 
         joined = bool(os.environ.get("RAY_ADDRESS"))
-        local_cluster = {} if joined else {"num_cpus": _cpus_to_offer(args), "include_dashboard": False}
+        local_cluster = {
+            "num_cpus": _cpus_to_offer(args),
+            "include_dashboard": False,
+            "_metrics_export_port": args.metrics_port,
+        }
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        ray.init(log_to_driver=False, logging_level="warning", **local_cluster)
+        try:
+            ray.init(log_to_driver=False, logging_level="warning", **({} if joined else local_cluster))
+        except Exception as error:  # Ray raises just that when a machine is too busy to start it within 30 s
+            raise StartFailed(f"Ray did not start: {error}") from error
         for number, handler in handlers.items():  # Ray has put its own in their place
             signal.signal(number, handler)
         stack.callback(ray.shutdown)

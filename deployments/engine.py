@@ -19,11 +19,12 @@ from deployments.adapters import LoadedAdapter
 from deployments.clients import StateClient, connect_engine
 from deployments.errors import APIError
 from deployments.gang import Gang, GangBroken
+from deployments.metrics import EngineMetrics, Outcome
 from deployments.propagation import Composition, Merged, follow
 from deployments.rank import JobFailed, Stopped, Suspended
 from deployments.schedule import Full, Schedule, Ticket
 from deployments.state import state_actor
-from pipelines.job import Event, Job, Media, Progress, Result
+from pipelines.job import Event, InvalidJob, Job, Media, Progress, Result
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Engine:
         self.replica_id = serve.get_replica_context().replica_id.unique_id
         self.schedule = Schedule(args.max_queue, preemption=not args.no_preemption)
         self.running: Ticket | None = None
+        self.metrics = EngineMetrics()
         self._schedule_changed = asyncio.Condition()
         self._gang_in_use = asyncio.Lock()
         """First come, first served: a change of the default adapter waits for the running job, not for the queue."""
@@ -116,6 +118,7 @@ class Engine:
                     headers={"Retry-After": str(wait)},
                 ) from None
             self._schedule_changed.notify()
+        self.metrics.queue(self.schedule, self.running)
         self._let_pictures_pass()
 
     def _let_pictures_pass(self) -> None:
@@ -128,8 +131,8 @@ class Engine:
 
         def expire() -> None:
             message = f"The job was not done within its {seconds:g} s"
-            ticket.events.put_nowait(APIError(504, message, code="timeout", headers={"x-should-retry": "false"}))
-            self._abandon(ticket)
+            error = APIError(504, message, code="timeout", headers={"x-should-retry": "false"})
+            self._abandon(ticket, "timeout", error)
 
         timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, expire)
         try:
@@ -138,15 +141,24 @@ class Engine:
             if timer is not None:
                 timer.cancel()
 
-    def _abandon(self, ticket: Ticket) -> None:
-        """Nobody waits for the job any more."""
-        ticket.abandoned = True
+    def _abandon(self, ticket: Ticket, outcome: Outcome = "left", error: Exception | None = None) -> None:
+        """Nobody waits for the job any more: it leaves the queue, or stops at its current step."""
+        if ticket.ended:
+            return
+        self._end(ticket, outcome, error)
         if ticket is self.running:
             self.gang.stop(ticket.job.id)
-        elif ticket in self.schedule:
+        else:
             self.schedule.remove(ticket)
             if ticket.suspended:
                 self.gang.discard(ticket.job.id)
+        self.metrics.queue(self.schedule, self.running)
+
+    def _end(self, ticket: Ticket, outcome: Outcome, last: Result | Exception | None) -> None:
+        ticket.ended = True
+        self.metrics.ended(ticket, outcome, last.seconds if isinstance(last, Result) else None)
+        if last is not None:
+            ticket.events.put_nowait(last)
 
     async def _work(self) -> None:
         """Take the next job, give it its turn, take the next."""
@@ -154,21 +166,30 @@ class Engine:
             async with self._schedule_changed:
                 await self._schedule_changed.wait_for(lambda: len(self.schedule))
             async with self._gang_in_use:
-                if not len(self.schedule):  # abandoned while the adapter changed
-                    continue
-                self.running = self.schedule.take(self.gang.composition)
-                try:
-                    await self._turn(self.running)
-                except Suspended:
-                    self.schedule.give_back(self.running)
-                except Stopped:
-                    pass
-                except Exception as error:
-                    self.running.events.put_nowait(error)
-                    if self.running.suspended:  # its adapters could not be merged again
-                        self.gang.discard(self.running.job.id)
-                finally:
+                if len(self.schedule):  # else abandoned while the adapter changed
+                    ticket = self.running = self.schedule.take(self.gang.composition)
+                    self.metrics.queue(self.schedule, ticket)
+                    await self._turn_or_fail(ticket)
                     self.running = None
+                    self.metrics.queue(self.schedule, None)
+
+    async def _turn_or_fail(self, ticket: Ticket) -> None:
+        """Give a job its turn, and its error to whoever waits for it."""
+        try:
+            await self._turn(ticket)
+        except Suspended:
+            if ticket.ended:
+                self.gang.discard(ticket.job.id)
+            else:
+                self.schedule.give_back(ticket)
+                self.metrics.preemptions.inc()
+        except Stopped:
+            pass
+        except Exception as error:
+            if not ticket.ended:
+                self._end(ticket, "refused" if isinstance(error, InvalidJob) else "failed", error)
+            if ticket.suspended:  # its adapters could not be merged again
+                self.gang.discard(ticket.job.id)
 
     async def _turn(self, ticket: Ticket) -> None:
         """Run a job until it ends or gives way, again from its first step if the gang breaks under it.
@@ -191,25 +212,33 @@ class Engine:
                 ticket.breaks += 1
                 logger.error("the gang broke in job %s for the %d. time: %s", ticket.job.id, ticket.breaks, broken)
                 await self._rebuild()
-                if ticket.abandoned:
+                if ticket.ended:
                     raise Stopped(ticket.job.id) from None
                 if ticket.breaks > retries:
                     message = f"The job broke its workers {ticket.breaks} times: {broken}"
                     raise APIError(500, message, code="worker_failed") from None
+                self.metrics.retries.inc()
 
     async def _compute(self, ticket: Ticket) -> None:
         """One turn on a whole gang: the job's events, as `Gang.run` gives them."""
         started = time.monotonic()
+        steps = ticket.job.num_inference_steps * len(ticket.job.seeds)
         if ticket.progress and not ticket.suspended:
-            ticket.events.put_nowait(Progress(0, ticket.job.num_inference_steps * len(ticket.job.seeds)))
+            ticket.events.put_nowait(Progress(0, steps))
         ticket.suspended = False
         self._let_pictures_pass()
         try:
             with self._time_limit(ticket, self._seconds_left(ticket)):
                 async for event in self.gang.run(ticket.job, ticket.media, ticket.progress):
-                    if isinstance(event, Result):
-                        event = replace(event, seconds={"queue": ticket.seconds_waited, **event.seconds})
-                    ticket.events.put_nowait(event)
+                    if isinstance(event, Progress):
+                        self.metrics.steps(ticket, 1)
+                    if not isinstance(event, Result):
+                        ticket.events.put_nowait(event)
+                    elif not ticket.ended:
+                        seconds = {"queue": ticket.seconds_waited, **event.seconds}
+                        self._end(ticket, "completed", replace(event, seconds=seconds))
+            if not ticket.progress:
+                self.metrics.steps(ticket, steps)
         finally:
             ticket.seconds_run += time.monotonic() - started
         if not ticket.is_video:
@@ -232,6 +261,7 @@ class Engine:
         that had given way begin again at their first step."""
         for ticket in self.schedule:
             ticket.suspended = False
+        self.metrics.rebuilds.inc()
         while True:
             self.gang.kill()
             try:
@@ -250,6 +280,7 @@ class Engine:
         identities = {spec.identity for spec in composition}
         factors = {identity: await self.state.lora_factors(identity) for identity in identities}
         await self.gang.merge(composition, factors)
+        self.metrics.lora_swaps.inc()
 
     async def _follow_default_adapter(self) -> None:
         """Merge each new default adapter as soon as the running job is done, and tell the state actor.

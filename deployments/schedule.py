@@ -35,8 +35,8 @@ class Ticket:
     progress: bool
     """Whether its steps are told."""
     events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
-    abandoned: bool = False
-    """Nobody waits for the job any more: it leaves the queue, or stops at its current step."""
+    ended: bool = False
+    """It has given its last event, or nobody waits for it any more."""
     suspended: bool = False
     """It has given way between two steps, and the ranks hold its latents."""
     breaks: int = 0

@@ -14,8 +14,9 @@ from tests.configs.strict_schema import validate
 
 REPOSITORY = Path(__file__).parents[2]
 
-SET_ELSEWHERE = {"host", "port", "sp_degree", "num_cpus_per_rank"}
-"""Host and port stand in `http_options`; the other two only repeat or fine-tune what others say."""
+SET_ELSEWHERE = {"host", "port", "metrics_port", "sp_degree", "num_cpus_per_rank"}
+"""Host and port stand in `http_options`, the port of the metrics is the cluster's; the others repeat or fine-tune what
+is there."""
 
 
 @pytest.fixture

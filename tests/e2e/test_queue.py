@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import Any
 
+import httpx2
 import pytest
 
-from tests.e2e.server import SMALL, Server, running_server
+from tests.e2e.server import SMALL, Server, free_port, running_server
 
 MAX_QUEUE = 3
-LONG = {"num_inference_steps": 300, "seed": 11}
+METRICS_PORT = free_port()
+LONG = {"num_inference_steps": 60, "seed": 11}
 
 
 @pytest.fixture(scope="module")
 def gang_of_two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    flags = ("--num-gpus", "2", "--max-queue", str(MAX_QUEUE))
+    flags = ("--num-gpus", "2", "--max-queue", str(MAX_QUEUE), "--metrics-port", str(METRICS_PORT))
     with running_server(tmp_path_factory.mktemp("queue"), *flags) as running:
         yield running
 
@@ -124,3 +127,35 @@ def test_a_video_that_is_not_done_in_time_fails_also_while_it_waits(gang_of_two:
     failed = gang_of_two.wait_for_video(waiting)
     assert (failed["status"], failed["error"]["code"]) == ("failed", "timeout")
     gang_of_two.http.delete(f"/v1/videos/{running}")
+
+
+def test_prometheus_is_told_what_happened_and_nothing_of_what_clients_wrote(gang_of_two: Server) -> None:
+    gang_of_two.picture(prompt="a secret lighthouse")
+    video_id = gang_of_two.wait_for_video(gang_of_two.create_video()["id"])["id"]
+    wanted = (
+        'ditserve_jobs_total{kind="picture",outcome="completed"}',
+        'ditserve_jobs_total{kind="video",outcome="completed"}',
+        'ditserve_steps_total{kind="video"}',
+        'ditserve_stage_seconds_count{kind="picture",stage="denoise"}',
+        'ditserve_queue_length{kind="video"}',
+        'ditserve_running{kind="picture"}',
+    )
+    deadline = time.monotonic() + 60
+    while not all(name in (found := metrics()) for name in wanted) and time.monotonic() < deadline:
+        time.sleep(1)  # Ray collects them every few seconds
+    assert set(wanted) <= set(found)
+    text = " ".join(found)
+    assert "lighthouse" not in text
+    assert video_id not in text
+    assert str(gang_of_two.log.parent) not in text
+
+
+def metrics() -> dict[str, float]:
+    """Our metrics with our labels: Ray adds its own."""
+    found = {}
+    for line in httpx2.get(f"http://127.0.0.1:{METRICS_PORT}/metrics").text.splitlines():
+        if match := re.match(r"ray_(ditserve_\w+)\{(.*)\} (\S+)$", line):
+            name, labels, value = match.groups()
+            ours = [label for label in labels.split(",") if label.startswith(("kind=", "outcome=", "stage="))]
+            found[f"{name}{{{','.join(ours)}}}"] = float(value)
+    return found
