@@ -15,6 +15,7 @@ from ray.util.placement_group import get_current_placement_group
 
 from configs.model_family import ModelCard
 from configs.server_args import ServerArgs
+from deployments import log
 from deployments.adapters import LoadedAdapter
 from deployments.clients import StateClient, connect_engine
 from deployments.errors import APIError
@@ -43,7 +44,7 @@ class Engine:
     """
 
     async def __init__(self, args: ServerArgs):  # type: ignore[misc] # Serve awaits it
-        logging.getLogger("deployments").setLevel(args.log_level.upper())
+        log.configure(args, "engine")
         self.args = args
         self.gang = Gang(args, get_current_placement_group())
         self.state = StateClient(state_actor(args, connect_engine))
@@ -156,6 +157,8 @@ class Engine:
 
     def _end(self, ticket: Ticket, outcome: Outcome, last: Result | Exception | None) -> None:
         ticket.ended = True
+        with log.about(ticket.job.id):
+            logger.info("%s, having waited %.2f s", outcome, ticket.seconds_waited)
         self.metrics.ended(ticket, outcome, last.seconds if isinstance(last, Result) else None)
         if last is not None:
             ticket.events.put_nowait(last)
@@ -176,7 +179,8 @@ class Engine:
     async def _turn_or_fail(self, ticket: Ticket) -> None:
         """Give a job its turn, and its error to whoever waits for it."""
         try:
-            await self._turn(ticket)
+            with log.about(ticket.job.id):
+                await self._turn(ticket)
         except Suspended:
             if ticket.ended:
                 self.gang.discard(ticket.job.id)
@@ -210,7 +214,7 @@ class Engine:
                 raise APIError(500, f"The generation failed: {failed}", code="generation_failed") from None
             except GangBroken as broken:
                 ticket.breaks += 1
-                logger.error("the gang broke in job %s for the %d. time: %s", ticket.job.id, ticket.breaks, broken)
+                logger.error("the gang broke under this job, break %d: %s", ticket.breaks, broken)
                 await self._rebuild()
                 if ticket.ended:
                     raise Stopped(ticket.job.id) from None

@@ -22,6 +22,7 @@ import ray
 
 from configs.model_family import ModelCard
 from configs.server_args import ServerArgs
+from deployments import log
 from deployments.adapters import LoadedAdapter
 from pipelines.job import Event, InvalidJob, Job, LoRASpec, Media, Progress
 
@@ -82,6 +83,7 @@ class Rank:
     """
 
     def __init__(self, args: ServerArgs, rank: int, ranks_on_node: int):
+        log.configure(args, f"rank {rank}")
         self.args = args
         self.rank = rank
         self.ranks_on_node = ranks_on_node
@@ -167,7 +169,8 @@ class Rank:
         except (InvalidJob, Stopped, Suspended):
             raise
         except Exception as error:
-            logger.exception("job %s failed", job.id)
+            with log.about(job.id):
+                logger.exception("the generation failed")
             raise JobFailed(f"{type(error).__name__}: {error}") from None
         finally:
             self._orders.pop(job.id, None)
