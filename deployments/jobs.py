@@ -258,6 +258,10 @@ class JobStore:
                 sizes.items(),
             )
 
+    def stored_bytes(self) -> int:
+        """Of all recorded files."""
+        return self._connection.execute("SELECT ifnull(sum(num_bytes), 0) FROM files").fetchone()[0]
+
     def unmeasured(self) -> list[str]:
         """Keys of files whose bytes were not recorded."""
         return [row["key"] for row in self._connection.execute("SELECT key FROM files WHERE num_bytes IS NULL")]

@@ -50,5 +50,12 @@ class EngineMetrics:
             self._seconds.observe(max(value, 1e-9), {"kind": _kind(ticket), "stage": stage})
 
 
+class StateMetrics:
+    """Of the state actor. Make it in the actor's process."""
+
+    def __init__(self) -> None:
+        self.stored_bytes = Gauge("ditserve_stored_bytes", "All that is kept: finished files and inputs of jobs.")
+
+
 def _kind(ticket: Ticket) -> str:
     return "video" if ticket.is_video else "picture"

@@ -139,6 +139,7 @@ def test_prometheus_is_told_what_happened_and_nothing_of_what_clients_wrote(gang
         'ditserve_stage_seconds_count{kind="picture",stage="denoise"}',
         'ditserve_queue_length{kind="video"}',
         'ditserve_running{kind="picture"}',
+        "ditserve_stored_bytes{}",
     )
     deadline = time.monotonic() + 60
     while not all(name in (found := metrics()) for name in wanted) and time.monotonic() < deadline:
