@@ -8,12 +8,16 @@ from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import numpy as np
 import pytest
-import torch
 
+from tests import tiny_models
+from tests.e2e.pictures import pixels
 from tests.e2e.server import SMALL, Server
-from tests.lora.adapters import Trained, save
+from tests.lora.adapters import Trained, save, train
+from tests.lora.formats import FORMATS
 
 SEED = {"seed": 7}
 
@@ -126,68 +130,6 @@ def test_a_folder_that_peft_saved_is_the_same_adapter_as_the_file(
     )
 
 
-@pytest.fixture
-def bad_adapters(tmp_path: Path, adapters: tuple[str, str]) -> dict[str, Path]:
-    """Files that are no adapter for the model, by what is wrong with them."""
-    layer = "transformer.blocks.0.attn1.to_q"
-    good = {f"{layer}.lora_A.weight": torch.ones(2, 96), f"{layer}.lora_B.weight": torch.ones(96, 2)}
-    elsewhere = "transformer.single_transformer_blocks.0.attn.to_q"
-    (tmp_path / "text.safetensors").write_text("this is no safetensors file")
-    (tmp_path / "cut.safetensors").write_bytes(Path(adapters[0]).read_bytes()[:-100])
-    (tmp_path / "empty").mkdir()
-    return {
-        "missing": tmp_path / "missing.safetensors",
-        "an empty folder": tmp_path / "empty",
-        "text": tmp_path / "text.safetensors",
-        "cut short": tmp_path / "cut.safetensors",
-        "another width": save({k: v.repeat(2, 2) for k, v in good.items()}, tmp_path / "wide.safetensors"),
-        "another architecture": save(
-            {k.replace(layer, elsewhere): v for k, v in good.items()}, tmp_path / "flux.safetensors"
-        ),
-        "partly fitting": save(
-            {**good, **{k.replace("blocks.0", "blocks.99"): v for k, v in good.items()}},
-            tmp_path / "partly.safetensors",
-        ),
-        "not finite": save({k: v * float("nan") for k, v in good.items()}, tmp_path / "nan.safetensors"),
-    }
-
-
-KINDS = (
-    "missing",
-    "an empty folder",
-    "text",
-    "cut short",
-    "another width",
-    "another architecture",
-    "partly fitting",
-    "not finite",
-)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_bad_adapter_is_refused_and_what_was_active_stays(
-    server: Server, adapters: tuple[str, str], bad_adapters: dict[str, Path], kind: str
-) -> None:
-    curl(SET_A, server, adapters)
-    with_a = server.picture(**SEED)
-    curl(UNMERGE, server, adapters)
-    base = server.picture(**SEED)
-    path = str(bad_adapters[kind])
-
-    answer = server.http.post("/v1/set_lora", json={"lora_nickname": f"bad {kind}", "lora_path": path})
-    assert 400 <= answer.status_code < 500
-    assert answer.json()["error"]["param"] == "lora_path"
-    assert server.picture(**SEED) == base
-
-    curl(SET_A, server, adapters)
-    again = server.http.post("/v1/set_lora", json={"lora_nickname": "lora_a", "lora_path": path})
-    assert 400 <= again.status_code < 500
-    own = server.http.post("/v1/images/generations", json={"prompt": "p", "lora": {"path": path}})
-    assert 400 <= own.status_code < 500
-    assert merged(server) == ["lora_a"]
-    assert server.picture(**SEED) == with_a
-
-
 def test_a_video_takes_the_adapter_that_was_merged_when_it_was_accepted(
     server: Server, adapters: tuple[str, str]
 ) -> None:
@@ -202,3 +144,50 @@ def test_a_video_takes_the_adapter_that_was_merged_when_it_was_accepted(
         contents.append(server.http.get(f"/v1/videos/{video_id}/content").content)
     assert contents[0] != base
     assert contents[1] == base
+
+
+def test_an_adapter_is_deleted_unless_it_is_merged(server: Server, adapters: tuple[str, str]) -> None:
+    base = server.picture(**SEED)
+    body = {"lora_nickname": "passing", "lora_path": adapters[0]}
+    assert server.http.post("/v1/set_lora", json=body).status_code == 200
+    with_it = server.picture(**SEED)
+    refused = server.http.delete("/v1/loras/passing")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "lora_merged")
+    assert server.picture(**SEED) == with_it
+
+    assert server.http.post("/v1/unmerge_lora_weights").status_code == 200
+    accepted = server.create_video(**SEED, lora="passing", num_inference_steps=20)["id"]
+    deleted = server.http.delete("/v1/loras/passing")
+    assert deleted.status_code == 200, deleted.text
+    assert "passing" not in [adapter["nickname"] for adapter in deleted.json()["loaded_adapters"]]
+    for answer in (
+        server.http.delete("/v1/loras/passing"),
+        server.http.post("/v1/set_lora", json={"lora_nickname": "passing"}),
+        server.http.post("/v1/images/generations", json={**SMALL, "lora": "passing"}),
+    ):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "lora_not_found")
+    assert server.wait_for_video(accepted)["status"] == "completed"
+    assert server.picture(**SEED) == base
+    assert server.http.post("/v1/merge_lora_weights").status_code == 400
+
+
+def test_an_adapter_that_was_named_by_its_path_is_deleted_by_it(server: Server, adapters: tuple[str, str]) -> None:
+    server.picture(lora={"path": adapters[0]}, **SEED)
+    assert server.http.delete(f"/v1/loras/{quote(adapters[0], safe='')}").status_code == 200
+    assert server.http.delete(f"/v1/loras/{adapters[0]}").status_code == 404
+
+
+FLUX_FORMATS = [name for name, (family, _, _) in FORMATS.items() if family == "flux1"]
+
+
+@pytest.mark.parametrize("format_name", FLUX_FORMATS)
+def test_flux_adapters_in_foreign_formats_give_the_picture_of_what_peft_saved(
+    painter: Server, tmp_path: Path, format_name: str
+) -> None:
+    _, layers, make = FORMATS[format_name]
+    trained = train(tiny_models.build("flux1").transformer, layers, r=4, lora_alpha=8)
+    trained.peft_model.save_pretrained(tmp_path / "peft")
+    file = save(make(trained), tmp_path / "foreign.safetensors")
+    by_peft, foreign = (pixels(painter.picture(lora={"path": str(path)}, **SEED)) for path in (tmp_path / "peft", file))
+    assert np.abs(by_peft - foreign).max() <= 1
+    assert np.abs(by_peft - pixels(painter.picture(**SEED))).max() > 20
