@@ -106,16 +106,14 @@ class State:
     ) -> Video:
         if video := self._jobs.find(job.id, idempotency_key, tenant):
             return video
+        self._demand_room()
         inputs = {input_key(job.id, name): data for name, data in media.items()}
         await self._content.write(inputs)
-        if self._jobs.count_unfinished() >= self._max_unfinished:
+        try:
+            self._demand_room()  # others may have taken it meanwhile
+        except APIError:
             await self._content.discard(inputs)
-            raise APIError(
-                429,
-                f"{self._max_unfinished} videos are unfinished already; try again when one is done.",
-                code="queue_full",
-                headers={"Retry-After": RETRY_AFTER_SECONDS},
-            )
+            raise
         video = self._jobs.create(job, model, idempotency_key, inputs, tenant)
         if video.job.id == job.id:
             with log.about(job.id):
@@ -124,6 +122,15 @@ class State:
         else:  # another call with the same idempotency key was faster
             await self._content.discard(inputs)
         return video
+
+    def _demand_room(self) -> None:
+        if self._jobs.count_unfinished() >= self._max_unfinished:
+            raise APIError(
+                429,
+                f"{self._max_unfinished} videos are unfinished already; try again when one is done.",
+                code="queue_full",
+                headers={"Retry-After": RETRY_AFTER_SECONDS},
+            )
 
     async def get_video(self, video_id: str, tenant: str | None = None) -> Video:
         return self._jobs.get(video_id, tenant)

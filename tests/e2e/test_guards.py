@@ -112,10 +112,12 @@ def test_the_log_leads_from_a_request_to_its_job_and_on(guarded: Server) -> None
     video = client_of(guarded, ALICE).videos.create(**VIDEO, extra_headers=headers)
     with pytest.raises(AuthenticationError):
         client_of(guarded, "sk-wrong").videos.create(**VIDEO)
+    while client_of(guarded, ALICE).videos.retrieve(video.id).status != "completed":
+        time.sleep(0.05)
     lines = log_lines(guarded)
     (answered,) = [line for line in lines if line.get("request_id") == "request-to-be-found"]
     assert (answered["process"], answered["job_id"]) == ("ingress", video.id)
     assert answered["message"].startswith("POST /v1/videos 200 in ")
-    assert {"ingress", "state"} <= {line["process"] for line in lines if line.get("job_id") == video.id}
+    assert {line["process"] for line in lines if line.get("job_id") == video.id} == {"ingress", "state", "engine"}
     with suppress(NotFoundError):
         client_of(guarded, ALICE).videos.delete(video.id)
