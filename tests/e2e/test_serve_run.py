@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import httpx2
 import psutil
@@ -19,30 +24,35 @@ from tests.e2e.server import SHORT, Server, free_port, running
 CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
 
 
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    # Not pytest's: sockets go here, and the path of a socket has at most 107 characters, of HAProxy's 97.
-    with tempfile.TemporaryDirectory(prefix="ditserve-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+@contextmanager
+def deployed_server(**engine_options: Any) -> Iterator[Server]:
+    """The file as it is, but for its ports, which other tests may be using, and the Engine's options. It ends with
+    everything it started."""
+    # Not pytest's folder: sockets go here, and the path of a socket has at most 107 characters, of HAProxy's 97.
+    with tempfile.TemporaryDirectory(prefix="ditserve-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        config = yaml.safe_load(CONFIG.read_text())
+        port = config["http_options"]["port"] = free_port()
+        config["controller_options"]["runtime_env"]["env_vars"] = private_proxy_environment(name)
+        (engine,) = (each for each in config["applications"][0]["deployments"] if each["name"] == "Engine")
+        engine.update(engine_options)
+        (folder / "serve_config.yaml").write_text(yaml.safe_dump(config))
+        command = [str(Path(sys.executable).with_name("serve")), "run", "serve_config.yaml"]
+        # Ray looks for a running cluster in its folder for temporary files, and is not to find one.
+        environment = {"PYTHONPATH": str(CONFIG.parent), "RAY_TMPDIR": name}
+        with running(command, port, folder, is_ready, working_folder=folder, environment=environment) as server:
+            yield server
+            processes = server.processes()
+            assert len(processes) > 5
+            server.stop()
+            psutil.wait_procs(processes, timeout=10)
+            assert server.processes() == []
 
 
 @pytest.fixture(scope="module")
-def deployed(folder: Path) -> Iterator[Server]:
-    """The file as it is, but for its ports, which other tests may be using. It ends with everything it started."""
-    config = yaml.safe_load(CONFIG.read_text())
-    port = config["http_options"]["port"] = free_port()
-    config["controller_options"]["runtime_env"]["env_vars"] = private_proxy_environment(str(folder))
-    (folder / "serve_config.yaml").write_text(yaml.safe_dump(config))
-    command = [str(Path(sys.executable).with_name("serve")), "run", "serve_config.yaml"]
-    # Ray looks for a running cluster in its folder for temporary files, and is not to find one.
-    environment = {"PYTHONPATH": str(CONFIG.parent), "RAY_TMPDIR": str(folder)}
-    with running(command, port, folder, is_ready, working_folder=folder, environment=environment) as server:
+def deployed() -> Iterator[Server]:
+    with deployed_server() as server:
         yield server
-        processes = server.processes()
-        assert len(processes) > 5
-        server.stop()
-        psutil.wait_procs(processes, timeout=10)
-        assert server.processes() == []
 
 
 def is_ready(server: Server) -> bool:
@@ -64,6 +74,48 @@ def test_it_makes_pictures_and_videos(deployed: Server) -> None:
     assert len(decoded_frames(deployed.clip())) == SHORT["num_frames"]
 
 
-def test_it_keeps_its_state_where_it_was_started(deployed: Server, folder: Path) -> None:
+def test_it_keeps_its_state_where_it_was_started(deployed: Server) -> None:
     deployed.create_video()
-    assert (folder / "outputs" / "jobs.sqlite3").is_file()
+    assert (deployed.log.parent / "outputs" / "jobs.sqlite3").is_file()
+
+
+def test_serve_adds_engine_replicas_as_the_queue_demands_and_takes_them_away() -> None:
+    autoscaling = {
+        "min_replicas": 1,
+        "max_replicas": 2,
+        "target_ongoing_requests": 2,
+        "look_back_period_s": 2,
+        "upscale_delay_s": 1,
+        "downscale_delay_s": 2,
+    }
+    with deployed_server(num_replicas="auto", autoscaling_config=autoscaling) as server:
+        expected = server.picture(seed=3)
+        assert len(engines(server)) == 1
+        enough = Event()
+        with ThreadPoolExecutor(8) as clients:
+            asking = [clients.submit(keep_asking, server, enough) for _ in range(8)]
+            try:
+                wait_until(lambda: len(server.http.get("/v1/list_loras").json()["replicas"]) == 2)
+            finally:
+                enough.set()
+            assert set().union(*(client.result() for client in asking)) == {expected}
+        wait_until(lambda: len(engines(server)) == 1)
+        assert server.picture(seed=3) == expected
+
+
+def keep_asking(server: Server, enough: Event) -> set[bytes]:
+    pictures = set()
+    while not enough.is_set():
+        pictures.add(server.picture(seed=3))
+    return pictures
+
+
+def engines(server: Server) -> list[psutil.Process]:
+    return [each for each in server.processes() if each.cmdline()[0].startswith("ray::ServeReplica:ditserve:Engine")]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.5)
