@@ -42,11 +42,7 @@ async def fetch(url: str, param: str, max_bytes: int) -> bytes:
         trust_env=False,
         timeout=ClientTimeout(total=TIMEOUT_S),
         auto_decompress=False,
-        headers={
-            "Accept": "image/png, image/webp, image/jpeg",
-            "Accept-Encoding": "identity",
-            "User-Agent": "ditserve",
-        },
+        headers=HEADERS,
     )
     try:
         async with session, session.get(url, max_redirects=MAX_REDIRECTS) as response:
