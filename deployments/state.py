@@ -116,6 +116,8 @@ class State:
             raise
         video = self._jobs.create(job, model, idempotency_key, inputs, tenant)
         if video.job.id == job.id:
+            if job.lora:  # their nicknames may have gone meanwhile
+                self._note_adapters()
             with log.about(job.id):
                 logger.info("queued")
                 self._runner.start(job)

@@ -1,0 +1,96 @@
+"""`State` and adapters: what accepted jobs name is known as long as they need it, through restarts and deletes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from configs.server_args import ServerArgs
+from deployments.errors import APIError
+from deployments.interfaces import LoRARequest
+from deployments.state import State
+from pipelines.job import Job, LoRASpec, Task
+from tests.deployments.adapter_files import AdapterFiles
+from tests.deployments.step_engine import StepEngine
+
+
+class LoadingEngine(StepEngine, AdapterFiles):
+    """Computes videos and reads adapters."""
+
+    def __init__(self, folder: Path):
+        StepEngine.__init__(self, folder)
+        AdapterFiles.__init__(self)
+
+
+@pytest.fixture
+def args(tmp_path: Path) -> ServerArgs:
+    return ServerArgs(output_path=str(tmp_path / "outputs"), state_path=str(tmp_path / "jobs.sqlite3"))
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> LoadingEngine:
+    return LoadingEngine(tmp_path)
+
+
+@pytest.fixture
+async def state(args: ServerArgs, engine: LoadingEngine) -> AsyncIterator[State]:
+    state = State(args, lambda: engine)
+    yield state
+    await state.close()
+
+
+def clip(video_id: str, lora: tuple[LoRASpec, ...]) -> Job:
+    size = {"width": 64, "height": 64, "num_inference_steps": 4, "seeds": (7,), "output_format": "mp4"}
+    return Job(id=video_id, task=Task.TEXT_TO_VIDEO, prompt="waves", lora=lora, **size)
+
+
+def noted(state: State) -> list[str]:
+    """Identities of the adapters that a restart would know."""
+    return [adapter["identity"] for adapter in state._jobs.noted("adapters")["adapters"]]
+
+
+async def test_the_adapter_of_an_accepted_video_is_known_after_a_delete_and_a_restart(
+    state: State, args: ServerArgs, engine: LoadingEngine
+) -> None:
+    engine.allow("video_1", 0)
+    lora = await state.lora_for_job([LoRARequest("style", "a")])
+    await state.delete_lora("style")
+    await state.create_video(clip("video_1", lora), {}, "wan")
+    await state.close()
+
+    later = State(args, lambda: engine)
+    assert (await later.list_loras()).loaded == ()
+    assert await later.lora_factors("a@1") == "factors of a@1"
+    await later.delete_video("video_1")
+    await later.close()
+
+
+async def test_what_nothing_names_any_more_is_forgotten(state: State) -> None:
+    for nickname, path in [("style", "a"), ("face", "b")]:
+        await state.set_lora([LoRARequest(nickname, path)])
+        await state.unmerge_lora()
+    assert noted(state) == ["a@1", "b@1"]
+    await state.delete_lora("style")
+    assert noted(state) == ["b@1"]
+
+
+async def test_a_merged_adapter_and_its_strength_outlive_the_state(
+    state: State, args: ServerArgs, engine: LoadingEngine
+) -> None:
+    await state.set_lora([LoRARequest("style", "a", 0.7)])
+    await state.close()
+    later = State(args, lambda: engine)
+    (spec,) = await later.lora_for_job(None)
+    assert (spec.nickname, spec.identity, spec.strength) == ("style", "a@1", 0.7)
+    with pytest.raises(APIError, match="'style' is merged"):
+        await later.delete_lora("style")
+    await later.close()
+
+
+async def test_a_request_with_a_known_nickname_writes_nothing(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    await state.lora_for_job([LoRARequest("style", "a")])
+    monkeypatch.setattr(state._jobs, "note", lambda *args: pytest.fail("written"))
+    await state.lora_for_job([LoRARequest("style")])
+    await state.lora_for_job([LoRARequest("style", "a")])
