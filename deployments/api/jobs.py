@@ -22,7 +22,7 @@ from deployments.api.services import Services
 from deployments.errors import APIError
 from deployments.interfaces import LoRARequest
 from deployments.keys import Caller
-from pipelines.job import Job, Media, Task, content_key
+from pipelines.job import Job, LoRASpec, Media, Task, content_key
 
 MAX_RANDOM_SEED = 2**32
 """Seeds drawn for clients stay below this, so that any JSON parser reads them exactly (doubles hold 53 bits)."""
@@ -133,10 +133,21 @@ async def _submission(
         images=tuple(content_key(image) for image in images),
         mask=None if mask is None else content_key(mask),
         **_family_parameters(wanted, card, task, defaults),
-        lora=await services.state.lora_for_job(None if wanted.lora is None else _lora_requests(wanted.lora)),
+        lora=await _adapters(wanted, services),
         **output,
     )
     return Submission(job, {content_key(data): data for data in [*images, *([mask] if mask is not None else [])]})
+
+
+async def _adapters(wanted: GenerationRequest, services: Services) -> tuple[LoRASpec, ...]:
+    """The request's own adapters, or the default. What `set_lora` would call a wrong nickname or path is a wrong `lora`
+    here."""
+    requests = None if wanted.lora is None else _lora_requests(wanted.lora)
+    try:
+        return await services.state.lora_for_job(requests)
+    except APIError as error:
+        param = error.param and "lora"
+        raise APIError(error.status, error.message, param=param, code=error.code, headers=error.headers) from None
 
 
 def _require(card: ModelCard, task: Task, param: str | None, what: str) -> None:

@@ -134,7 +134,8 @@ async def test_in_the_folder_for_adapters_anybody_may_choose(tmp_path: Path) -> 
     async with serving(tmp_path, api_key=ALICE, admin_api_key=ADMIN, lora_dir=str(tmp_path)) as server:
         body = {"prompt": "p", "lora": {"path": "ink.safetensors"}}
         answer = await server.http.post("/v1/videos", json=body, headers=by(ALICE))
-        assert answer.json()["error"]["code"] == "lora_not_found"  # so it was looked for
+        error = answer.json()["error"]
+        assert (error["code"], error["param"]) == ("lora_not_found", "lora")  # so it was looked for
 
 
 async def test_a_key_lists_its_own_videos_and_an_admin_all(server: Server) -> None:
