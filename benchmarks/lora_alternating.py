@@ -5,7 +5,8 @@
 A real server with a model of 400M parameters (Wan 2.1 1.3B's widths, random weights) and adapters on all linear layers
 of its blocks, all in the server's cache. The requests come all at once, so that the engine may group them, and then one
 after the other, so that it can't and every one of them swaps. Baseline in the same run: the same requests, all with the
-adapter that is merged. Prints the medians, and which part of the whole is lost to swaps. Takes ten minutes on two
+adapter that is merged. Prints the medians, and which part of the whole is lost to swaps: of the time on the clock, and
+of the rank's CPU time, which tells the same on a machine that is busy with something else. Takes ten minutes on two
 cores.
 """
 
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -56,20 +58,40 @@ def compare(server: Server, files: Sequence[Path], arguments: argparse.Namespace
 
     for way, concurrency in {"all at once": arguments.requests, "one after the other": 1}.items():
 
-        def seconds(choices: Sequence[str], concurrency: int = concurrency) -> float:
+        def cost(choices: Sequence[str], concurrency: int = concurrency) -> Cost:
             server.picture(**request, lora=choices[0])
-            started = time.perf_counter()
+            started, cpu_before = time.perf_counter(), rank_seconds(server)
             with ThreadPoolExecutor(concurrency) as pool:
                 list(pool.map(lambda name: server.picture(**request, lora=name), choices))
-            return time.perf_counter() - started
+            return Cost(time.perf_counter() - started, rank_seconds(server) - cpu_before)
 
-        pairs = [(seconds(same), seconds(alternating)) for _ in range(arguments.repeats)]
-        one, several = (statistics.median(column) for column in zip(*pairs, strict=True))
+        pairs = [(cost(same), cost(alternating)) for _ in range(arguments.repeats)]
+        one, several = (Cost.median(column) for column in zip(*pairs, strict=True))
         print(
-            f"{arguments.requests} requests {way}: {one:.1f} s with one adapter, {several:.1f} s over {len(names)}, "
-            f"{1 - one / several:.1%} lost to swaps",
+            f"{arguments.requests} requests {way}: {one.clock:.1f} s with one adapter, {several.clock:.1f} s over "
+            f"{len(names)}, {1 - one.clock / several.clock:.1%} lost to swaps; "
+            f"CPU {one.cpu:.1f} s and {several.cpu:.1f} s, {1 - one.cpu / several.cpu:.1%}",
             flush=True,
         )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds."""
+
+    clock: float
+    cpu: float
+
+    @classmethod
+    def median(cls, costs: Sequence[Cost]) -> Cost:
+        return cls(statistics.median(c.clock for c in costs), statistics.median(c.cpu for c in costs))
+
+
+def rank_seconds(server: Server) -> float:
+    """CPU time of the server's rank so far."""
+    (rank,) = (process for process in server.processes() if process.name().startswith("ray::Rank"))
+    times = rank.cpu_times()
+    return times.user + times.system
 
 
 def save_model(directory: Path) -> WanTransformer3DModel:
