@@ -299,7 +299,7 @@ class Engine:
                 await asyncio.sleep(1)
 
     async def _merge_default(self, composition: Composition) -> Merged:
-        if self.running is not None and self.running.is_video and not self.args.no_preemption:
+        if self.running is not None and self.schedule.may_give_way(self.running):
             self.gang.suspend(self.running.job.id)  # `set_lora` waits for a step of a long video, not for all of it
         async with self._gang_in_use:
             failure = None

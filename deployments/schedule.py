@@ -104,9 +104,13 @@ class Schedule:
         chosen.seconds_waited += time.monotonic() - chosen.waiting_since
         return chosen
 
+    def may_give_way(self, running: Ticket) -> bool:
+        """Whether a running job can be put aside between two steps."""
+        return self._preemption and running.is_video
+
     def should_give_way(self, running: Ticket) -> bool:
         """Whether a running job is to leave the gang to a picture at the end of its step."""
-        return self._preemption and running.is_video and bool(self._pictures())
+        return self.may_give_way(running) and bool(self._pictures())
 
     def _pictures(self) -> list[Ticket]:
         return [ticket for ticket in self._waiting if not ticket.is_video]
