@@ -56,18 +56,18 @@ class EngineClient:
         await self._soon(self._handle.ready.remote())
 
     async def generate(self, job: Job, media: Media, *, progress: bool) -> AsyncGenerator[Event, None]:
-        """Should the engine's replica die before it gave an event, the job is computed once more by the next one."""
-        begun = retried = False
+        """Should the engine's replica die, a picture is computed once more by the next one, and its steps are told
+        again. For a video that is up to the state actor, which counts its attempts."""
+        retried = False
         with _plain_errors():
             while True:
                 events = self._streaming.generate.remote(job, dict(media), progress)
                 try:
                     async for event in events:
-                        begun = True
                         yield event
                     return
                 except RayActorError:
-                    if begun or retried:
+                    if retried or job.task.is_video:
                         raise
                     retried = True
                 finally:

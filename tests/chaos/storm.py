@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
-from openai import APIStatusError, OpenAI
+from openai import APIError, OpenAI
 
 from tests.chaos.victims import VICTIMS, lose
 from tests.e2e.server import SHORT, SMALL, Server
@@ -151,13 +151,13 @@ def _picture(client: OpenAI, task: Task) -> bytes:
 
 
 def _streamed_picture(client: OpenAI, task: Task) -> bytes:
-    """A stream that breaks off is asked for again: its client has no retries of its own by then."""
+    """A stream that breaks off or ends in an error is asked for again: its client has no retries of its own by then."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
             *_, last = client.images.generate(**_arguments(SMALL, task), stream=True)
             return last.b64_json.encode()
-        except (httpx2.TransportError, APIStatusError, ValueError):
+        except (httpx2.TransportError, APIError, ValueError):
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
