@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from deployments.propagation import Composition
 from pipelines.job import Event, Job, Media
 
-MAX_OVERTAKEN = 8
-"""How many turns of later jobs a job lets pass. A switch of adapters takes about as long as one or two steps of a
-picture, so runs of eight make the switches cheap; a video behind endless pictures does a step after each eight."""
+MAX_OVERTAKEN = 16
+"""How many turns of later jobs a job lets pass. Twenty pictures over four adapters, in whatever order they come, then
+cost a switch for each adapter: the last of them lets the fifteen of the others pass. With eight there were up to
+nine. A video behind endless pictures does a step after each sixteen."""
 
 
 class Full(Exception):

@@ -1,6 +1,7 @@
 """Who is next: the rule of `deployments.schedule`, and in a simulation that it starves nobody."""
 
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -50,13 +51,22 @@ def test_jobs_of_the_merged_adapter_go_first_so_that_four_adapters_cost_four_swi
     assert order(schedule_of(*waiting), merged=DOG) == ["dog0", "dog1", "dog2", "cat0", "cat1", "cat2"]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_twenty_pictures_over_four_adapters_cost_four_switches_however_they_come(seed: int) -> None:
+    adapters = [(LoRASpec(nickname=name, identity=name),) for name in "ABCD"]
+    waiting = [picture(f"{lora[0].nickname}{n}", lora) for n in range(5) for lora in adapters]
+    random.Random(seed).shuffle(waiting)
+    taken = [name[0] for name in order(schedule_of(*waiting))]
+    assert 1 + sum(one != other for one, other in pairwise(taken)) == len(adapters)
+
+
 def test_a_job_of_another_adapter_is_overtaken_so_often_and_no_more() -> None:
-    schedule = schedule_of(picture("dog", DOG), *(picture(f"cat{n}", CAT) for n in range(20)))
+    schedule = schedule_of(picture("dog", DOG), *(picture(f"cat{n}", CAT) for n in range(2 * MAX_OVERTAKEN)))
     assert order(schedule, merged=CAT).index("dog") == MAX_OVERTAKEN
 
 
 def test_a_video_behind_endless_pictures_gets_a_turn_after_so_many() -> None:
-    schedule = schedule_of(video("v"), *(picture(f"p{n}") for n in range(20)))
+    schedule = schedule_of(video("v"), *(picture(f"p{n}") for n in range(2 * MAX_OVERTAKEN)))
     assert order(schedule).index("v") == MAX_OVERTAKEN
 
 
