@@ -10,14 +10,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
 import pytest
 
-from tests import tiny_models
-from tests.e2e.pictures import pixels
 from tests.e2e.server import SMALL, Server
-from tests.lora.adapters import Trained, save, train
-from tests.lora.formats import FORMATS
+from tests.lora.adapters import Trained
 
 SEED = {"seed": 7}
 
@@ -175,19 +171,3 @@ def test_an_adapter_that_was_named_by_its_path_is_deleted_by_it(server: Server, 
     server.picture(lora={"path": adapters[0]}, **SEED)
     assert server.http.delete(f"/v1/loras/{quote(adapters[0], safe='')}").status_code == 200
     assert server.http.delete(f"/v1/loras/{adapters[0]}").status_code == 404
-
-
-FLUX_FORMATS = [name for name, (family, _, _) in FORMATS.items() if family == "flux1"]
-
-
-@pytest.mark.parametrize("format_name", FLUX_FORMATS)
-def test_flux_adapters_in_foreign_formats_give_the_picture_of_what_peft_saved(
-    painter: Server, tmp_path: Path, format_name: str
-) -> None:
-    _, layers, make = FORMATS[format_name]
-    trained = train(tiny_models.build("flux1").transformer, layers, r=4, lora_alpha=8)
-    trained.peft_model.save_pretrained(tmp_path / "peft")
-    file = save(make(trained), tmp_path / "foreign.safetensors")
-    by_peft, foreign = (pixels(painter.picture(lora={"path": str(path)}, **SEED)) for path in (tmp_path / "peft", file))
-    assert np.abs(by_peft - foreign).max() <= 1
-    assert np.abs(by_peft - pixels(painter.picture(**SEED))).max() > 20
