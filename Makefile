@@ -19,8 +19,9 @@ serve: .venv/installed
 test: export RAY_AUTH_MODE := disabled
 test: export RAY_USAGE_STATS_ENABLED := 0
 test: export HF_HUB_OFFLINE := 1
-# Servers and ranks of several tests share the cores: threads that wait must not spin.
+# Servers and ranks of several tests share the cores: threads that wait must not spin, and for tiny models one is best.
 test: export OMP_WAIT_POLICY := PASSIVE
+test: export OMP_NUM_THREADS := 1
 test: .venv/installed .venv-litellm/installed
 	.venv/bin/python -m pytest $(ARGS)
 

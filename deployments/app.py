@@ -50,9 +50,7 @@ def build(args: ServerArgs) -> Application:
     keyring = Keyring.read(args)
     args = settle(args).model_copy(update={"api_key": (), "admin_api_key": ()})
     engine = serve.deployment(Engine, name="Engine", **engine_options(args)).bind(args)
-    ingress = serve.deployment(
-        serve.ingress()(Ingress), name="Ingress", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.1}
-    )
+    ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress", **ingress_options())
     return ingress.bind(args, engine, keyring)
 
 
@@ -75,6 +73,17 @@ def _local_paths(args: ServerArgs) -> dict[str, str]:
         if value is not None and Path(value).exists():
             paths[name] = value
     return paths
+
+
+def ingress_options() -> dict[str, Any]:
+    """Serve options of the Ingress: one replica on each node that there is now, for only a node with a replica has a
+    proxy. It reserves no CPU: a node that is full of ranks has one too."""
+    return {
+        "num_replicas": sum(node["Alive"] for node in ray.nodes()),
+        "max_replicas_per_node": 1,
+        "max_ongoing_requests": 1000,
+        "ray_actor_options": {"num_cpus": 0},
+    }
 
 
 def engine_options(args: ServerArgs) -> dict[str, Any]:

@@ -32,6 +32,9 @@ HANG_SECONDS = 15.0
 """How long a rank may leave a ping unanswered: a process that is stopped, or a machine that is gone. A thread of its
 own answers, so a rank that computes is not late; one beside 30 busy processes on two cores is, by a second or two."""
 
+ROOM_SECONDS = 2.0
+"""Between two looks at whether the cluster has room for the ranks of a node that was lost."""
+
 T = TypeVar("T")
 
 
@@ -60,7 +63,7 @@ class Gang:
             ValueError: the model cannot be loaded or sharded; the message is for the user.
             GangBroken: a rank was lost while loading.
         """
-        places = self._bundles_by_node()
+        places = await self._bundles_by_node()
         nodes = [node for _, node in places]
         self.ranks = [self._spawn(rank, bundle, nodes.count(node)) for rank, (bundle, node) in enumerate(places)]
         self.composition = ()
@@ -103,9 +106,15 @@ class Gang:
     def is_lost(self) -> bool:
         return self._watch.done()
 
-    def _bundles_by_node(self) -> list[tuple[int, str]]:
-        """Bundle indices with their nodes, ranks of one node next to each other (Ulysses neighbours exchange most)."""
-        bundles = placement_group_table(self.placement_group)["bundles_to_node_id"]
+    async def _bundles_by_node(self) -> list[tuple[int, str]]:
+        """Bundle indices with their nodes, ranks of one node next to each other (Ulysses neighbours exchange most).
+
+        Bundles of a node that is lost have none until another has room for them, which may take any time.
+        """
+        while (table := placement_group_table(self.placement_group))["state"] != "CREATED":
+            logger.warning("waiting for a node with room for the ranks of one that was lost")
+            await asyncio.sleep(ROOM_SECONDS)
+        bundles = table["bundles_to_node_id"]
         node_of_replica = bundles[0]
         return sorted(bundles.items(), key=lambda item: (item[1] != node_of_replica, item[1], item[0]))
 

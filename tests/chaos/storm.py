@@ -23,6 +23,9 @@ PATIENCE_SECONDS = 300.0
 READY_SECONDS = 120.0
 """Patience with a server that heals."""
 
+POLL_SECONDS = 1.0
+"""Between two looks at a video, as OpenAI's `create_and_poll` does."""
+
 SEEDS = 4
 """Different jobs of a kind: their undisturbed outputs are known."""
 
@@ -168,7 +171,7 @@ def _clip(client: OpenAI, task: Task) -> bytes:
     key = f"storm-{task.number}-{task.seed}-{time.monotonic_ns()}"
     video = client.videos.create(**_arguments(SHORT, task), extra_headers={"Idempotency-Key": key})
     while video.status not in ("completed", "failed"):
-        time.sleep(0.2)
+        time.sleep(POLL_SECONDS)
         video = client.videos.retrieve(video.id)
     if video.status == "failed":
         raise RuntimeError(f"{video.id} failed: {video.error}")

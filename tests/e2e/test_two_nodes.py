@@ -1,0 +1,135 @@
+"""A cluster of two nodes, each a host of its own, with room for one rank on each: the gang has to span them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from base64 import b64decode
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deployments.cluster import PROXY_ENVIRONMENT
+from tests.e2e.hosts import Host, can_be_made, hosts
+from tests.e2e.server import ANSWER_SECONDS, MARK, SHORT, SMALL, START_SECONDS, running
+
+RAY_PORT = 6379
+PORT = 30000
+"""Both are the hosts' own: no other test can take them."""
+
+
+@contextmanager
+def ray_node(host: Host, folder: Path, *flags: str) -> Iterator[None]:
+    """A Ray node on `host`; at the end every one of its processes is killed at once, as when a machine is lost."""
+    log = folder / f"node-{host.address}.log"
+    environment = {**os.environ, **PROXY_ENVIRONMENT, "RAY_AUTH_MODE": "disabled", MARK: host.address}
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--node-ip-address", host.address]
+    command += ["--num-cpus", "1", "--disable-usage-stats", "--block", *flags]
+    with log.open("ab") as output:
+        node = subprocess.Popen(host.command(*command), stdout=output, stderr=output, env=environment)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while "Ray runtime started" not in log.read_text():
+            if node.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the node did not start:\n{log.read_text()}")
+            time.sleep(0.1)
+        yield
+    finally:
+        log.unlink()
+        for process in processes(host):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        node.wait()
+
+
+def processes(host: Host) -> list[psutil.Process]:
+    """All that Ray runs on `host`."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == host.address:
+                found.append(process)
+    return found
+
+
+def ranks(host: Host) -> int:
+    titles = [" ".join(process.cmdline()) for process in processes(host)]
+    return sum(title.startswith("ray::Rank") for title in titles)
+
+
+def url(host: Host, path: str) -> str:
+    return f"http://{host.address}:{PORT}{path}"
+
+
+def picture(host: Host) -> bytes:
+    status, answer = host.request("POST", url(host, "/v1/images/generations"), {**SMALL, "seed": 5})
+    assert status == 200, answer
+    return b64decode(json.loads(answer)["data"][0]["b64_json"])
+
+
+def create_video(host: Host) -> str:
+    body = {**SHORT, "seed": 5, "num_inference_steps": 40}
+    status, answer = host.request("POST", url(host, "/v1/videos"), body)
+    assert status == 200, answer
+    return json.loads(answer)["id"]
+
+
+def wait_for(host: Host, path: str, field: str, value: str) -> None:
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while time.monotonic() < deadline:
+        status, answer = host.request("GET", url(host, path))
+        if status == 200 and json.loads(answer)[field] == value:
+            return
+        time.sleep(0.2)
+    raise TimeoutError(answer)
+
+
+def content(host: Host, video_id: str) -> bytes:
+    status, answer = host.request("GET", url(host, f"/v1/videos/{video_id}/content"))
+    assert status == 200, answer
+    return answer
+
+
+@pytest.mark.skipif(not can_be_made(), reason="this machine does not let its users make network namespaces")
+def test_a_gang_spans_two_nodes_and_survives_the_loss_of_one_once_there_is_another(tmp_path: Path) -> None:
+    head_flags = ("--head", "--port", str(RAY_PORT), "--include-dashboard", "false")
+    command = [sys.executable, "-m", "deployments.cli", "serve", "--host", "0.0.0.0", "--port", str(PORT)]
+    command += ["--num-gpus", "2", "--num-cpus-per-rank", "0.6", "--max-retries", "5"]
+    command += ["--output-path", str(tmp_path / "outputs"), "--state-path", str(tmp_path / "jobs.sqlite3")]
+    with hosts(2) as (first, second), ray_node(first, tmp_path, *head_flags), ExitStack() as workers:
+        cluster = f"{first.address}:{RAY_PORT}"
+        to_be_lost = workers.enter_context(ExitStack())
+        to_be_lost.enter_context(ray_node(second, tmp_path, "--address", cluster))
+        with running(
+            first.command(*command),
+            PORT,
+            tmp_path,
+            lambda server: "ditserve is ready" in server.log.read_text(),
+            environment={"RAY_ADDRESS": cluster},
+        ):
+            assert (ranks(first), ranks(second)) == (1, 1)
+
+            assert picture(first) == picture(second)
+            undisturbed = create_video(first)
+            wait_for(second, f"/v1/videos/{undisturbed}", "status", "completed")
+            expected = content(second, undisturbed)
+            assert content(first, undisturbed) == expected
+
+            disturbed = create_video(second)
+            wait_for(second, f"/v1/videos/{disturbed}", "status", "in_progress")
+            to_be_lost.close()
+            assert ranks(second) == 0
+            status, answer = first.request("GET", url(first, "/ready"))
+            assert status == 503, answer
+
+            workers.enter_context(ray_node(second, tmp_path, "--address", cluster))
+            wait_for(first, f"/v1/videos/{disturbed}", "status", "completed")
+            wait_for(second, "/ready", "status", "ready")
+            assert (ranks(first), ranks(second)) == (1, 1)
+            assert content(first, disturbed) == content(second, disturbed) == expected
