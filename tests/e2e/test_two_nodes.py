@@ -15,7 +15,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deployments.cluster import PROXY_ENVIRONMENT
 from tests.e2e.hosts import Host, can_be_made, hosts
 from tests.e2e.server import ANSWER_SECONDS, MARK, SHORT, SMALL, START_SECONDS, running
 
@@ -28,7 +27,7 @@ PORT = 30000
 def ray_node(host: Host, folder: Path, *flags: str) -> Iterator[None]:
     """A Ray node on `host`; at the end every one of its processes is killed at once, as when a machine is lost."""
     log = folder / f"node-{host.address}.log"
-    environment = {**os.environ, **PROXY_ENVIRONMENT, "RAY_AUTH_MODE": "disabled", MARK: host.address}
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", MARK: host.address}
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--node-ip-address", host.address]
     command += ["--num-cpus", "1", "--disable-usage-stats", "--block", *flags]
     with log.open("ab") as output:
