@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 import socket
+import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -94,7 +95,8 @@ class JobFailed(Exception):
 
 
 class Rank:
-    """The actor. Calls run one at a time, on one thread, except those of the `control` and `health` groups.
+    """The actor. Calls run one at a time, on one thread, except those of the `control`, `health` and `vigil`
+    groups.
 
     torch and diffusers are imported in `load`, so that the engine can name this class without loading them.
     """
@@ -270,6 +272,11 @@ class Rank:
     @ray.method(concurrency_group="control")
     def lora_bytes_held(self) -> int:
         return self.merger.num_bytes_held
+
+    @ray.method(concurrency_group="vigil")
+    def keep_vigil(self) -> None:
+        """Never return: the call fails as soon as this process dies."""
+        threading.Event().wait()
 
     @ray.method(concurrency_group="health")
     def ping(self) -> int:

@@ -1,13 +1,18 @@
-"""Two engine replicas that were started with an adapter: they agree, and both get what is set later."""
+"""Two engine replicas that were started with an adapter: they agree, both get what is set later, each stands in for the
+other."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any
 
 import pytest
 
-from tests.e2e.server import Server, running_server
+from tests.chaos.victims import lose
+from tests.e2e.server import ANSWER_SECONDS, SMALL, Server, running_server
 
 SEED = {"seed": 7}
 
@@ -59,3 +64,25 @@ def test_another_adapter_reaches_both(replicas: Server, server: Server, adapters
     assert merged(replicas) == [["second"], ["second"]]
     (with_second,) = set(pictures(replicas))
     assert with_second not in (with_first, server.picture(**SEED))
+
+
+def test_pictures_that_a_lost_replica_had_begun_are_made_by_the_other(replicas: Server) -> None:
+    request = {**SMALL, **SEED, "num_inference_steps": 40, "stream": True}
+    undisturbed = streamed(replicas, request)
+    begun = Barrier(3)
+    with ThreadPoolExecutor(2) as clients:
+        streams = [clients.submit(streamed, replicas, request, begun) for _ in range(2)]
+        begun.wait(ANSWER_SECONDS)
+        assert lose(replicas, "engine replica")
+        assert [stream.result() for stream in streams] == [undisturbed] * 2
+
+
+def streamed(server: Server, request: dict[str, Any], begun: Barrier | None = None) -> str:
+    """The data of a streamed picture; its first line is waited for by all at `begun`."""
+    with server.http.stream("POST", "/v1/images/generations", json=request) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        if begun:
+            begun.wait(ANSWER_SECONDS)
+        (data,) = [line for line in lines if line.startswith("data:")]
+    return json.loads(data.removeprefix("data:"))["b64_json"]
