@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 
 from configs.server_args import ServerArgs
 from deployments.errors import APIError
@@ -31,6 +33,11 @@ PROXY_ENVIRONMENT = {
     # By default an HAProxy ingress drains for 30 s and more before it stops.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
 }
+
+
+PRIVATE_PORTS = range(20000, 30000)
+"""Where a server's private ports are chosen from. Systems give those above (Linux: from 32768) to outgoing connections,
+so that one found free might be taken when HAProxy comes to listen on it; Ray's workers have those below."""
 
 
 class StartFailed(Exception):
@@ -113,8 +120,8 @@ def check_port(host: str, port: int) -> None:
 def private_proxy_environment(folder: str) -> dict[str, str]:
     """`PROXY_ENVIRONMENT` for a server that shares its machine with others: all ports but the public one are chosen
     free, and HAProxy's files go to `folder`."""
-    stats, metrics, fallback = _free_ports(3)
-    first_replica_port = 31000 + os.getpid() % 200 * 10
+    stats, metrics, fallback = free_ports(3)
+    first_replica_port = 30100 + os.getpid() % 250 * 10
     return {
         **PROXY_ENVIRONMENT,
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
@@ -130,12 +137,18 @@ def private_proxy_environment(folder: str) -> dict[str, str]:
     }
 
 
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, and that the system gives to nobody by itself."""
+    return list(islice(filter(_is_free, random.sample(PRIVATE_PORTS, len(PRIVATE_PORTS))), count))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def _cpus_to_offer(args: ServerArgs) -> int:

@@ -13,7 +13,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from configs.server_args import ServerArgs
 from deployments.cli import main
-from tests.e2e.server import free_port
+from deployments.cluster import free_ports
 
 DOCUMENTED_COMMAND = (
     "serve --text-encoder-cpu-offload --pin-cpu-memory --num-gpus 4 --ulysses-degree=2 --ring-degree=2 --port 30010"
@@ -107,7 +107,7 @@ def test_a_taken_port_is_reported_before_anything_starts(taken_port: int, capsys
 @pytest.mark.e2e
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
-    command = [sys.executable, "-m", "deployments.cli", "serve", "--port", str(free_port())]
+    command = [sys.executable, "-m", "deployments.cli", "serve", "--port", str(*free_ports(1))]
     command += ["--model-path", str(tmp_path), "--state-path", str(tmp_path / "jobs.sqlite3")]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     finished = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)

@@ -5,7 +5,9 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,6 +85,19 @@ async def test_a_late_stop_does_not_reach_the_next_job(gang: Gang) -> None:
     await events_of(gang, job("done"))
     gang.stop("done")
     assert isinstance((await events_of(gang, job("next")))[-1], Result)
+
+
+async def test_an_order_does_not_belong_to_the_request_that_gives_it(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray would cancel it with the request, which it knows by the context of the call."""
+    request = ContextVar("request", default="none")
+    given: list[tuple[str, str]] = []
+    rank = SimpleNamespace(stop=SimpleNamespace(remote=lambda job_id: given.append((job_id, request.get()))))
+    monkeypatch.setattr(gang, "ranks", [rank])
+    request.set("one that is cancelled")
+    gang.stop("a job")
+    assert given == [("a job", "none")]
 
 
 async def test_a_suspended_job_goes_on_where_it_was_left_and_gives_the_pixels_it_gives_alone(gang: Gang) -> None:

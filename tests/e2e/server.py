@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from typing import Any
 import httpx2
 import psutil
 from openai import AsyncOpenAI, OpenAI
+
+from deployments.cluster import free_ports
 
 START_SECONDS = 180.0
 """Patience with a start on a loaded machine; a start in quiet takes 10 to 20 s."""
@@ -113,19 +114,13 @@ class Server:
         return self.process.wait(seconds)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextmanager
 def running_server(folder: Path, *flags: str) -> Iterator[Server]:
     """Start `ditserve serve` with `flags`, wait for its ready line, and end it with SIGTERM.
 
     A second server over the same folder goes on with the state of the first.
     """
-    port = free_port()
+    (port,) = free_ports(1)
     command = [sys.executable, "-m", "deployments.cli", "serve", "--port", str(port)]
     command += ["--output-path", str(folder / "outputs"), "--state-path", str(folder / "jobs.sqlite3"), *flags]
     with running(command, port, folder, lambda server: "ditserve is ready" in server.log.read_text()) as server:

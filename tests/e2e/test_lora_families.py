@@ -32,7 +32,7 @@ def test_an_adapter_in_any_format_gives_the_picture_of_what_peft_saved(
     four_ranks: Server, tmp_path: Path, format_name: str
 ) -> None:
     family, layers, make = FORMATS[format_name]
-    trained = train(tiny_models.build(family).transformer, layers, r=4, lora_alpha=8)
+    trained = train(tiny_models.build(family).transformer, layers, r=4, lora_alpha=16)
     trained.peft_model.save_pretrained(tmp_path / "peft")
     file = save(make(trained), tmp_path / "foreign.safetensors")
     seed = {"seed": 7}
@@ -40,4 +40,4 @@ def test_an_adapter_in_any_format_gives_the_picture_of_what_peft_saved(
     by_peft = pixels(four_ranks.picture(**seed, lora={"path": str(tmp_path / "peft")}))
     foreign = pixels(four_ranks.picture(**seed, lora={"path": str(file)}))
     assert np.abs(by_peft - foreign).max() <= 1
-    assert np.abs(by_peft - base).max() > 20
+    assert np.abs(by_peft - base).max() > 10

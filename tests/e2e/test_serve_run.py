@@ -17,9 +17,9 @@ import psutil
 import pytest
 import yaml
 
-from deployments.cluster import private_proxy_environment
+from deployments.cluster import free_ports, private_proxy_environment
 from tests.e2e.pictures import decoded_frames, opened
-from tests.e2e.server import SHORT, Server, free_port, running
+from tests.e2e.server import SHORT, Server, running
 
 CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
 
@@ -32,7 +32,8 @@ def deployed_server(**engine_options: Any) -> Iterator[Server]:
     with tempfile.TemporaryDirectory(prefix="ditserve-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         config = yaml.safe_load(CONFIG.read_text())
-        port = config["http_options"]["port"] = free_port()
+        (port,) = free_ports(1)
+        config["http_options"]["port"] = port
         config["controller_options"]["runtime_env"]["env_vars"] = private_proxy_environment(name)
         (engine,) = (each for each in config["applications"][0]["deployments"] if each["name"] == "Engine")
         engine.update(engine_options)

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from configs.server_args import ServerArgs
 from deployments.api.jobs import FAMILY_PARAMETERS
+from deployments.cluster import free_ports
 from deployments.errors import APIError
 from deployments.ingress import create_app
 from deployments.keys import Keyring
@@ -22,7 +23,6 @@ from deployments.state import State
 from pipelines.job import Task
 from tests.deployments.api.stand_in import StandInEngine
 from tests.deployments.step_engine import StepEngine
-from tests.e2e.server import free_port
 
 
 class AbleEngine(StandInEngine, StepEngine):
@@ -52,7 +52,7 @@ async def running_app(folder: Path, **args: object) -> AsyncIterator[tuple[FastA
 @contextmanager
 def served_app(folder: Path, **args: object) -> Iterator[str]:
     """The same behind uvicorn on a free port, in an event loop of its own: its base URL."""
-    port = free_port()
+    (port,) = free_ports(1)
 
     async def serve() -> None:
         async with running_app(folder, **args) as (app, _):
