@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import binascii
 from base64 import b64decode
+from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
 from configs.server_args import ServerArgs
@@ -18,27 +19,31 @@ MAX_INPUT_PIXELS = 8192 * 8192
 """More than most cameras' pictures have, and 256 MiB once decoded: what a small file may grow to."""
 
 
-async def input_image(image: InputImage, param: str, args: ServerArgs) -> bytes:
-    """The bytes of the PNG, WebP or JPEG that a request gives in `param`, whatever its declared type or name.
+@dataclass(frozen=True)
+class Picture:
+    """A PNG, WebP or JPEG as it was sent, and its size when it is upright as its EXIF orientation says."""
+
+    data: bytes
+    size: tuple[int, int]
+    """Width and height, pixels."""
+
+
+async def input_image(image: InputImage, param: str, args: ServerArgs) -> Picture:
+    """The picture that a request gives in `param`, whatever its declared type or name.
 
     Raises:
         APIError: 400 for an image that is not to be had, 413 for one that is too large.
         InvalidJob: not a picture, or damaged.
     """
     data = await _bytes_of(image, param, args)
-    await asyncio.to_thread(decode_image, data, max_pixels=MAX_INPUT_PIXELS, param=param)
-    return data
+    decoded = await asyncio.to_thread(decode_image, data, max_pixels=MAX_INPUT_PIXELS, param=param)
+    return Picture(data, decoded.size)
 
 
-async def input_mask(mask: InputImage, image: bytes, args: ServerArgs) -> bytes:
+async def input_mask(mask: InputImage, image: Picture, args: ServerArgs) -> bytes:
     """The bytes of the mask of `image`. Raises as `input_image`, and `InvalidJob` when the two do not fit."""
     data = await _bytes_of(mask, "mask", args)
-
-    def check() -> None:
-        size = decode_image(image, max_pixels=MAX_INPUT_PIXELS).size
-        decode_mask(data, size=size, max_pixels=MAX_INPUT_PIXELS)
-
-    await asyncio.to_thread(check)
+    await asyncio.to_thread(decode_mask, data, size=image.size, max_pixels=MAX_INPUT_PIXELS)
     return data
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from uuid import uuid4
 from configs.model_family import ModelCard, SamplingDefaults
 from configs.server_args import ServerArgs
 from deployments import log
-from deployments.api.inputs import input_image, input_mask
+from deployments.api.inputs import Picture, input_image, input_mask
 from deployments.api.protocol.requests import (
     GenerationRequest,
     ImageEditRequest,
@@ -26,6 +27,9 @@ from pipelines.job import Job, LoRASpec, Media, Task, content_key
 
 MAX_RANDOM_SEED = 2**32
 """Seeds drawn for clients stay below this, so that any JSON parser reads them exactly (doubles hold 53 bits)."""
+
+MAX_ASPECT_RATIO = 3.0
+"""Between the sides of an output whose size nobody chose: what OpenAI's models allow in `size`."""
 
 FAMILY_PARAMETERS = (
     "negative_prompt",
@@ -49,7 +53,7 @@ class Submission:
 async def image_submission(wanted: ImageRequest, services: Services) -> Submission:
     """Raises `APIError` and `InvalidJob`, naming the parameter at fault."""
     card = await services.engine.card()
-    images: list[bytes] = []
+    images: list[Picture] = []
     mask = None
     if isinstance(wanted, ImageEditRequest):
         task = Task.IMAGE_EDIT if wanted.mask is None else Task.INPAINT
@@ -79,7 +83,7 @@ async def video_submission(wanted: VideoRequest, services: Services) -> Submissi
     card = await services.engine.card()
     if not any(Task(name).is_video for name in card.family.tasks):
         raise _refused("model", f"{card.id} makes no videos. It can do: {_abilities(card)}")
-    images: list[bytes] = []
+    images: list[Picture] = []
     if wanted.input_reference is None:
         task = Task.TEXT_TO_VIDEO
         _require(card, task, "input_reference", "a video without input_reference is")
@@ -113,14 +117,18 @@ async def _submission(
     task: Task,
     wanted: GenerationRequest,
     services: Services,
-    images: list[bytes],
+    images: list[Picture],
     mask: bytes | None = None,
     **output: Any,
 ) -> Submission:
     log.job_id.set(job_id)
     card = await services.engine.card()
     defaults = card.family.defaults_for(task)
-    width, height = _frame_size(wanted, defaults, services.args.max_pixels)
+    default_size = defaults.width, defaults.height
+    if images:
+        default_size = size_like(images[0].size, default_size, card.family.size_multiple)
+    width, height = _frame_size(wanted, default_size, services.args.max_pixels)
+    inputs = [image.data for image in images]
     job = Job(
         id=job_id,
         task=task,
@@ -130,13 +138,13 @@ async def _submission(
         num_inference_steps=wanted.num_inference_steps or defaults.num_inference_steps,
         seeds=_seeds(wanted),
         timeout=wanted.timeout,
-        images=tuple(content_key(image) for image in images),
+        images=tuple(content_key(data) for data in inputs),
         mask=None if mask is None else content_key(mask),
         **_family_parameters(wanted, card, task, defaults),
         lora=await _adapters(wanted, services),
         **output,
     )
-    return Submission(job, {content_key(data): data for data in [*images, *([mask] if mask is not None else [])]})
+    return Submission(job, {content_key(data): data for data in [*inputs, *([mask] if mask is not None else [])]})
 
 
 async def _adapters(wanted: GenerationRequest, services: Services) -> tuple[LoRASpec, ...]:
@@ -164,8 +172,25 @@ def _abilities(card: ModelCard) -> str:
     return ", ".join(sorted(card.family.tasks))
 
 
-def _frame_size(wanted: GenerationRequest, defaults: SamplingDefaults, max_pixels: int) -> tuple[int, int]:
-    width, height = wanted.size or (defaults.width, defaults.height)
+def size_like(image: tuple[int, int], default: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """The size of an output that is to look like `image` and cost what `default` costs: width and height, multiples of
+    `multiple`, of the shape of the one and at most the area of the other.
+
+    So do diffusers' examples of Wan image-to-video and its Qwen-Image-Edit pipeline. A side is at most
+    `MAX_ASPECT_RATIO` times the other.
+    """
+    aspect_ratio = min(max(image[0] / image[1], 1 / MAX_ASPECT_RATIO), MAX_ASPECT_RATIO)
+    height = math.sqrt(default[0] * default[1] / aspect_ratio)
+    width, height = (
+        # The small term: a root that should be whole may come out a hair below.
+        max(1, int(side / multiple + 1e-9)) * multiple
+        for side in (height * aspect_ratio, height)
+    )
+    return width, height
+
+
+def _frame_size(wanted: GenerationRequest, default: tuple[int, int], max_pixels: int) -> tuple[int, int]:
+    width, height = wanted.size or default
     width, height = wanted.width or width, wanted.height or height
     if not 1 <= width * height <= max_pixels:
         param = "size" if wanted.width is wanted.height is None else "width" if wanted.width else "height"

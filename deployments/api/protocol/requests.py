@@ -134,7 +134,7 @@ class GenerationRequest(WireRequest):
     prompt: str = Field(max_length=MAX_PROMPT_LENGTH, description="What is to be seen.")
     model: str | None = Field(None, description="Any name: the server has one model and answers with its id.")
     n: Integer | None = Field(None, ge=1, le=MAX_OUTPUTS, description="Outputs; 1 unless told, or one per given seed.")
-    size: Size = Field(None, description="WIDTHxHEIGHT, or `auto` for the model's own default.")
+    size: Size = Field(None, description="WIDTHxHEIGHT; `auto`: the model's default, in the shape of an input picture.")
     width: Integer | None = Field(None, ge=1, description="Extension: overrides the width in `size`.")
     height: Integer | None = Field(None, ge=1, description="Extension: overrides the height in `size`.")
 
