@@ -45,3 +45,10 @@ def test_a_stopped_server_leaves_nothing_behind_and_the_next_finishes_its_videos
         listed = [video["id"] for video in second.http.get("/v1/videos").json()["data"]]
         assert listed[:3] == [queued["id"], interrupted["id"], finished["id"]]
         assert_ends(second, signal.SIGTERM)
+
+
+def test_no_process_of_rays_runs_that_a_server_has_no_use_for(server: Server) -> None:
+    commands = [" ".join(process.cmdline()) for process in server.processes()]
+    assert any("gcs_server" in command for command in commands)
+    unused = ("dashboard.py", "log_monitor.py", "monitor.py")
+    assert [command for command in commands if any(f"/{name}" in command for name in unused)] == []
