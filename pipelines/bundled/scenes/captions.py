@@ -1,0 +1,97 @@
+"""The words for a scene, as a person might type them."""
+
+from __future__ import annotations
+
+from random import Random
+
+from pipelines.bundled.scenes.backgrounds import COLOURS
+from pipelines.bundled.scenes.scene import Motion, Relation, Scene, Subject
+
+ACTIONS = ("playing", "riding", "holding", "eating", "looking at", "chasing", "with", "and", "beside", "near")
+"""Whatever one does with another, they are drawn side by side."""
+
+ADJECTIVES = ("cute", "happy", "beautiful", "old", "calico", "colorful", "funny", "nice", "lovely", "tiny little")
+"""They change nothing in the picture; prompts are full of them."""
+
+_RELATIONS: dict[Relation, tuple[str, ...]] = {
+    "next to": ("next to", *ACTIONS),
+    "left of": ("to the left of", "left of", "on the left of"),
+    "right of": ("to the right of", "right of", "on the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under", "beneath"),
+    "on": ("on", "on top of", "sitting on", "standing on"),
+}
+
+_MOTIONS: dict[Motion, tuple[str, ...]] = {
+    "still": ("",),
+    "moves left": (" moving left", " moves to the left", " walking to the left", " going left"),
+    "moves right": (" moving right", " moves to the right", " running to the right", " going right"),
+    "moves up": (" moving up", " rises", " flying up", " going up"),
+    "moves down": (" moving down", " sinks", " falling down", " going down"),
+    "bounces": (" bouncing", " bounces", " jumping", " jumps up and down"),
+    "spins": (" spinning", " spins", " turning around", " rotating"),
+    "grows": (" growing", " grows", " getting bigger", " coming closer"),
+}
+
+_PLACES: dict[str, tuple[str, ...]] = {
+    "stage": ("on stage", "on a stage", "in a theater"),
+    "beach": ("on the beach", "on a beach", "at the seaside", "by the sea"),
+    "night sky": ("at night", "in the night sky", "under the stars", "in space"),
+    "grass": ("on the grass", "in a field", "in a park", "in a meadow"),
+    "snow": ("in the snow", "in winter", "on a snowy field"),
+    "desert": ("in the desert", "in a desert"),
+    "room": ("in a room", "indoors", "at home"),
+    "underwater": ("underwater", "in the sea", "under water"),
+    "sunset": ("at sunset", "in the sunset", "in the evening"),
+}
+
+_SIZES = {"small": ("small", "little", "tiny"), "big": ("big", "large", "huge")}
+_COUNTS = {2: "two", 3: "three", 4: "four"}
+_OPENINGS = ("a picture of ", "a photo of ", "an illustration of ", "a drawing of ", "an image of ")
+
+
+def caption(scene: Scene, random: Random) -> str:
+    """One of the many ways to describe `scene`: synonyms, adjectives and word order are drawn from `random`.
+
+    It names every subject; one in twelve leaves the background unsaid.
+    """
+    words = _subject(scene.subjects[0], random)
+    # "Two robots bouncing", and never "two robots bounces".
+    motions = [words for words in _MOTIONS[scene.motion] if scene.subjects[0].count == 1 or "ing" in words or not words]
+    motion = random.choice(motions)
+    if scene.relation is None:
+        words += motion
+    else:
+        other = _subject(scene.subjects[1], random)
+        words += f"{motion} {random.choice(_RELATIONS[scene.relation])} {other}"
+    if random.random() < 11 / 12:
+        words += random.choice((" ", " ", " ", ", ")) + _background(scene.background, random)
+    if random.random() < 0.3:
+        words = random.choice(_OPENINGS) + words
+    if random.random() < 0.4:
+        words = words[0].upper() + words[1:]
+    return words + ("." if random.random() < 0.15 else "")
+
+
+def background_phrases(background: str) -> tuple[str, ...]:
+    if background in COLOURS:
+        return (f"on a {background} background", f"in front of a {background} wall", f"{background} background")
+    return _PLACES[background]
+
+
+def _background(background: str, random: Random) -> str:
+    return random.choice(background_phrases(background))
+
+
+def _subject(subject: Subject, random: Random) -> str:
+    adjectives = [random.choice(_SIZES[subject.size])] if subject.size != "normal" else []
+    if random.random() < 0.15:
+        adjectives.append(random.choice(ADJECTIVES[:-1] if adjectives else ADJECTIVES))
+    if subject.count > 1:
+        return " ".join((_COUNTS[subject.count], *adjectives, subject.noun.plural))
+    # The usual name half of the time: it is the one that most people type.
+    name = subject.noun.name if random.random() < 0.5 else random.choice(subject.noun.names)
+    words = " ".join((*adjectives, name))
+    if not adjectives and name == subject.noun.plural:
+        return words
+    return f"{'an' if words[0] in 'aeiou' and not words.startswith(('uni', 'ufo')) else 'a'} {words}"

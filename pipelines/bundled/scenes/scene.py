@@ -1,0 +1,112 @@
+"""Scenes as values: who stands where before what, and how it moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal, get_args
+
+from pipelines.bundled.scenes.backgrounds import COLOURS, PLACES
+from pipelines.bundled.scenes.nouns import Noun, is_held_out
+
+Relation = Literal["next to", "left of", "right of", "above", "below", "on"]
+Motion = Literal["still", "moves left", "moves right", "moves up", "moves down", "bounces", "spins", "grows"]
+Size = Literal["small", "normal", "big"]
+
+RELATIONS: tuple[Relation, ...] = get_args(Relation)
+MOTIONS: tuple[Motion, ...] = get_args(Motion)
+
+_SCALES: dict[Size, float] = {"small": 0.7, "normal": 1.0, "big": 1.3}
+
+
+@dataclass(frozen=True)
+class Subject:
+    noun: Noun
+    size: Size = "normal"
+    count: int = 1
+    """1 to 4 of them in a row. More than one only where it is the scene's only subject."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One sprite. Coordinates are shares of the picture's width and height, from the top left."""
+
+    noun: Noun
+    x: float
+    y: float
+    size: float
+    """Of its longer side, as a share of the picture's shorter side."""
+    moves: bool
+    """Whether the scene's motion is its motion."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    subjects: tuple[Subject, ...]
+    """One, or two with a relation of the first to the second."""
+    background: str
+    relation: Relation | None = None
+    motion: Motion = "still"
+    """Of the first subject."""
+    seed: int = 0
+    """Of everything that the fields above leave open: exact places, shades, stars."""
+
+    def placements(self) -> tuple[Placement, ...]:
+        """Where each sprite is drawn before it moves, from back to front."""
+        random = Random(self.seed)
+        if self.relation is None:
+            return self._row(random)
+        return self._pair(random, self.relation)
+
+    def _row(self, random: Random) -> tuple[Placement, ...]:
+        (subject,) = self.subjects
+        x, y = 0.5 + random.uniform(-0.08, 0.08), 0.52 + random.uniform(-0.06, 0.08)
+        size = random.uniform(0.55, 0.68) * _SCALES[subject.size]
+        if subject.count > 1:
+            x, size = 0.5, min(size, 0.9 / subject.count)
+        return tuple(
+            Placement(subject.noun, x + (index - (subject.count - 1) / 2) * 0.96 / subject.count, y, size, moves=True)
+            for index in range(subject.count)
+        )
+
+    def _pair(self, random: Random, relation: Relation) -> tuple[Placement, ...]:
+        first, second = self.subjects
+        aside, down = random.uniform(-0.04, 0.04), random.uniform(-0.03, 0.06)
+        left, right = (0.26 + aside, 0.55 + down), (0.74 + aside, 0.57 + down)
+        top, bottom = (0.5 + aside, 0.27), (0.5 - aside, 0.74)
+        places = {
+            "next to": (left, right),
+            "left of": (left, right),
+            "right of": (right, left),
+            "above": (top, bottom),
+            "on": (top, bottom),
+            "below": (bottom, top),
+        }[relation]
+        # Two share the picture: sizes are held together, so that they hardly overlap.
+        sizes = [random.uniform(0.40, 0.47) * min(1.12, max(0.75, _SCALES[each.size])) for each in (first, second)]
+        return (
+            Placement(second.noun, *places[1], sizes[1], moves=False),
+            Placement(first.noun, *places[0], sizes[0], moves=True),
+        )
+
+
+def sample_scene(random: Random, nouns: Sequence[Noun], *, clip: bool = False) -> Scene:
+    """A scene as training sees it: never two nouns whose pair is held out. Only clips have a motion."""
+    seed = random.getrandbits(32)
+    # Places are fewer than colours, and harder: each comes twice as often as a colour.
+    background = random.choice((*COLOURS, *PLACES, *PLACES))
+    if random.random() < 0.45:
+        count = random.choice((2, 2, 3, 3, 4)) if random.random() < 0.15 else 1
+        motion = random.choice(MOTIONS) if clip else "still"
+        return Scene((Subject(random.choice(nouns), _size(random), count),), background, None, motion, seed)
+    first, second = random.sample(nouns, 2)
+    while is_held_out(first, second):
+        first, second = random.sample(nouns, 2)
+    subjects = (Subject(first, _size(random)), Subject(second, _size(random)))
+    motion = random.choice(("still", "bounces", "spins")) if clip else "still"
+    return Scene(subjects, background, random.choice(RELATIONS), motion, seed)
+
+
+def _size(random: Random) -> Size:
+    return random.choices(("small", "normal", "big"), (12, 76, 12))[0]

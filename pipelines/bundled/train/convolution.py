@@ -1,0 +1,57 @@
+"""Causal convolutions that do not multiply by the zeros they are padded with."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+
+def skip_padding(vae: AutoencoderKLWan) -> None:
+    """Let each causal convolution of `vae` compute as a sum of 2D convolutions, one for each tap of time.
+
+    The result is the same to rounding. Of a still's three taps, two see nothing but padding: three times the speed.
+    """
+    for module in vae.modules():
+        if isinstance(module, WanCausalConv3d):
+            module.forward = partial(_forward_by_taps, module)
+
+
+def _forward_by_taps(
+    convolution: WanCausalConv3d, frames: torch.Tensor, cache_x: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`frames` (B, C, T, H, W) after those of `cache_x`, as `WanCausalConv3d.forward` takes them."""
+    left, _, top, _, missing, _ = convolution._padding
+    if cache_x is not None and missing > 0:
+        frames = torch.cat([cache_x, frames], 2)
+        missing -= cache_x.shape[2]
+    batch, _, length, height, width = frames.shape
+    taps, stride = convolution.kernel_size[0], convolution.stride[0]
+    out_length = (length + missing - taps) // stride + 1
+    by_frame = frames.transpose(1, 2)
+    total: torch.Tensor | None = None
+    for tap in range(taps):
+        # Output t sees input t * stride + tap - missing here; those before the first frame are padding.
+        first = max(0, -((tap - missing) // stride))
+        if first >= out_length:
+            continue
+        start = first * stride + tap - missing
+        count = out_length - first
+        seen = by_frame[:, start : start + (count - 1) * stride + 1 : stride].reshape(-1, *by_frame.shape[2:])
+        out = F.conv2d(
+            seen.contiguous(memory_format=torch.channels_last),
+            convolution.weight[:, :, tap],
+            stride=convolution.stride[1:],
+            padding=(top, left),
+        )
+        out = out.unflatten(0, (batch, count))
+        if first:
+            out = F.pad(out, (0, 0, 0, 0, 0, 0, first, 0))
+        total = out if total is None else total + out
+    assert total is not None  # the last tap sees the frame itself
+    if convolution.bias is not None:
+        total = total + convolution.bias[:, None, None].to(total.dtype)
+    return total.transpose(1, 2)

@@ -1,0 +1,192 @@
+"""The loop that every stage runs in: batches, steps, averages, checkpoints, a log."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from pipelines.bundled.train.optimizer import MuonAdamW
+from pipelines.bundled.train.recipe import StageRecipe
+
+FORMAT = 1
+"""Of checkpoints."""
+
+LOG_STEPS = 20
+
+
+class Stage(Protocol):
+    """What one stage trains. Its noise, too, is a function of the step alone, so that a run which was resumed is the
+    run which was not."""
+
+    name: str
+    recipe: StageRecipe
+    module: nn.Module
+    """Everything that is trained."""
+    average: nn.Module
+    """The same networks, holding the moving average of the weights, which is what is served."""
+    optimizer: MuonAdamW
+
+    source: BatchSource
+
+    def loss(self, batch: Any, step: int) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """The loss of that batch, and what is to be logged of it, both without dimensions."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    minutes: float | None
+    """Of wall time after which this run pauses; None for no limit."""
+    checkpoint_minutes: float = 5.0
+    workers: int = 0
+    """Processes that prepare batches ahead; 0 prepares them in the loop."""
+
+
+class BatchSource(Protocol):
+    """The part of a stage that worker processes get: no networks."""
+
+    def batch(self, step: int) -> Any:
+        """The data of a step, on the CPU. A function of the step alone."""
+
+
+@dataclass(frozen=True)
+class Batches(Dataset):
+    source: BatchSource
+
+    def __getitem__(self, step: int) -> Any:
+        return self.source.batch(step)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where the hardware multiplies in it: on GPUs, and on CPUs with AMX or AVX-512 BF16."""
+    fast = device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def train(stage: Stage, directory: Path, limits: Limits, *, resume: bool) -> int:
+    """Train until the recipe's last step or the time limit, and return the number of steps done in all.
+
+    `directory` gets `<stage>.pt`, the checkpoint, and `<stage>.jsonl`, the log: a line every 20 steps, of means.
+
+    Raises:
+        FileExistsError: there is a checkpoint, and `resume` is not asked for.
+    """
+    checkpoint, log = directory / f"{stage.name}.pt", directory / f"{stage.name}.jsonl"
+    directory.mkdir(parents=True, exist_ok=True)
+    step = 0
+    if checkpoint.exists():
+        if not resume:
+            raise FileExistsError(f"'{checkpoint}' exists: resume it (--resume) or remove it")
+        step = load_checkpoint(stage, checkpoint)
+    started = saved = time.monotonic()
+    means = Means()
+    with log.open("a") as file, tqdm(total=stage.recipe.steps, initial=step, desc=stage.name, unit="step") as bar:
+        for batch in _batches(stage, step, limits.workers):
+            means.add(train_step(stage, batch, step))
+            step += 1
+            bar.update()
+            now = time.monotonic()
+            if step % LOG_STEPS == 0 or step == stage.recipe.steps:
+                measured = means.take()
+                bar.set_postfix({name: f"{value:.3f}" for name, value in measured.items()})
+                file.write(json.dumps({"step": step, "seconds": round(now - started, 1), **measured}) + "\n")
+                file.flush()
+            paused = limits.minutes is not None and now - started > limits.minutes * 60
+            if paused or now - saved > limits.checkpoint_minutes * 60:
+                save_checkpoint(stage, step, checkpoint)
+                saved = now
+            if paused:
+                return step
+    save_checkpoint(stage, step, checkpoint)
+    return step
+
+
+def train_step(stage: Stage, batch: Any, step: int) -> Mapping[str, torch.Tensor]:
+    loss, measured = stage.loss(batch, step)
+    stage.optimizer.zero_grad()
+    loss.backward()
+    stage.optimizer.step(stage.recipe.rate_at(step))
+    # The average starts young, or it would drag the random beginning along for thousands of steps.
+    decay = min(stage.recipe.ema_decay, (step + 1) / (step + 10))
+    average = list(stage.average.parameters())
+    with torch.no_grad():
+        torch._foreach_lerp_(average, list(stage.module.parameters()), 1 - decay)
+    return {"loss": loss.detach(), **measured}
+
+
+class Means:
+    """Means of what steps measured. They stay on the device until they are taken: to ask for each would wait for it."""
+
+    def __init__(self) -> None:
+        self._measured: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, measured: Mapping[str, torch.Tensor]) -> None:
+        for name, value in measured.items():
+            self._measured.setdefault(name, []).append(value)
+
+    def take(self) -> dict[str, float]:
+        means = {name: round(torch.stack(values).mean().item(), 5) for name, values in self._measured.items()}
+        self._measured = {}
+        return means
+
+
+def save_checkpoint(stage: Stage, step: int, path: Path) -> None:
+    """Whole or not at all: a run that is killed while it writes keeps the checkpoint before."""
+    state = {
+        "format": FORMAT,
+        "step": step,
+        "module": stage.module.state_dict(),
+        "average": stage.average.state_dict(),
+        "optimizer": stage.optimizer.state_dict(),
+    }
+    unfinished = path.with_suffix(".unfinished")
+    torch.save(state, unfinished)
+    unfinished.replace(path)
+
+
+def load_checkpoint(stage: Stage, path: Path) -> int:
+    """The step it was saved after.
+
+    Raises:
+        ValueError: another version of the training wrote it.
+        RuntimeError: it is of networks of other shapes.
+    """
+    state = torch.load(path, map_location=device_of(stage.module), weights_only=True)
+    if state["format"] != FORMAT:
+        raise ValueError(f"'{path}' is of format {state['format']}; this is {FORMAT}")
+    stage.module.load_state_dict(state["module"])
+    stage.average.load_state_dict(state["average"])
+    stage.optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def load_average(module: nn.Module, path: Path) -> None:
+    """Give `module` the averaged weights of a checkpoint, and nothing else of it."""
+    module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["average"])
+
+
+def _batches(stage: Stage, step: int, workers: int) -> Iterator[Any]:
+    """From `step` on to the recipe's last, in order."""
+    return iter(
+        DataLoader(
+            Batches(stage.source),
+            batch_size=None,  # a batch is made whole by the stage
+            sampler=range(step, stage.recipe.steps),
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            # Not forked: the parent computes with threads, whose locks a fork would copy in any state.
+            multiprocessing_context="spawn" if workers else None,
+        )
+    )

@@ -1,0 +1,191 @@
+"""What is trained, on what, and for how long: everything that decides the weights but the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of the three networks. Spatial compression is 8x and temporal 4x in each of them, in 16 channels."""
+
+    vae_encoder_dim: int
+    vae_decoder_dim: int
+    """Channels at half the resolution; twice and four times as many at a quarter and an eighth of it."""
+    text_dim: int
+    text_layers: int
+    heads: int
+    """A multiple of 4, so that a gang of up to 4 ranks can share them."""
+    head_dim: int
+    layers: int
+    vocabulary: int
+    latent_channels: int = 16
+
+    @property
+    def dim(self) -> int:
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A shape that batches are drawn in. `width` and `height` are multiples of 16, `num_frames` is 4k + 1."""
+
+    width: int
+    height: int
+    num_frames: int
+    batch_size: int
+    weight: float = 1.0
+    """How often it is drawn, against the others of its phase."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    until: float
+    """The share of the stage's steps after which the next phase begins; 1.0 in the last one."""
+    buckets: tuple[Bucket, ...]
+
+
+@dataclass(frozen=True)
+class StageRecipe:
+    steps: int
+    phases: tuple[Phase, ...]
+    matrix_learning_rate: float
+    """Of Muon, for everything with two or more dimensions inside the network."""
+    learning_rate: float
+    """Of AdamW, for embeddings, norms, biases, and first and last layers."""
+    warmup_steps: int = 20
+    decay_share: float = 0.3
+    """Of the steps, at the end, over which the rates fall linearly to zero. Until then they are constant, so that a
+    run can be made longer after the fact."""
+    ema_decay: float = 0.999
+
+    def phase_at(self, step: int) -> Phase:
+        return next(phase for phase in self.phases if step < phase.until * self.steps or phase is self.phases[-1])
+
+    def rate_at(self, step: int) -> float:
+        """The share of the learning rates that this step, from 0, takes."""
+        warmup = min(1.0, (step + 1) / self.warmup_steps)
+        decay = min(1.0, (self.steps - step) / max(1.0, self.decay_share * self.steps))
+        return warmup * max(0.0, decay)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    nouns: int
+    shape: ModelShape
+    vae: StageRecipe
+    dit: StageRecipe
+    lora: StageRecipe
+    cached_scenes: int
+    """Scenes of each bucket that are drawn and encoded once, to be seen again in each epoch; 0 encodes new ones for
+    every step, which a GPU does for a twentieth of a step's time."""
+    caption_dropout: float = 0.1
+    """Share of samples trained without their caption, for classifier-free guidance (Ho & Salimans 2022: 0.1-0.2)."""
+    first_frame_share: float = 0.4
+    """Of clip batches that are given their first frame, as image to video gives it."""
+    lora_rank: int = 8
+    seed: int = 0
+    defaults: dict[str, int | float] = field(default_factory=dict)
+    """Of requests to a server of the model, in the `defaults` of its `ditserve.yaml`."""
+
+
+_CPU_STILL = (Bucket(128, 128, 1, 64),)
+
+# Sized so that 74 GFLOP/s a core show something within the hour: few nouns, one size of picture, then short clips.
+CPU = Recipe(
+    nouns=48,
+    shape=ModelShape(
+        vae_encoder_dim=16,
+        vae_decoder_dim=24,
+        text_dim=128,
+        text_layers=2,
+        heads=4,
+        head_dim=64,
+        layers=6,
+        vocabulary=1024,
+    ),
+    vae=StageRecipe(
+        steps=1600,
+        phases=(
+            Phase(0.6, (Bucket(128, 128, 1, 8),)),
+            # A third or more of clips, of up to 17 frames: with fewer and shorter ones colours drift after frame 5.
+            Phase(1.0, (Bucket(128, 128, 1, 8), Bucket(64, 64, 9, 4, 0.6), Bucket(64, 64, 17, 2, 0.4))),
+        ),
+        matrix_learning_rate=1e-3,
+        learning_rate=1e-3,
+        ema_decay=0.99,
+    ),
+    dit=StageRecipe(
+        steps=6000,
+        phases=(
+            Phase(0.8, _CPU_STILL),
+            Phase(1.0, (*_CPU_STILL, Bucket(128, 128, 9, 16, 0.5), Bucket(192, 128, 1, 32, 0.25))),
+        ),
+        matrix_learning_rate=2e-3,
+        learning_rate=1e-3,
+        ema_decay=0.998,
+    ),
+    lora=StageRecipe(
+        steps=300, phases=(Phase(1.0, (Bucket(128, 128, 1, 16),)),), matrix_learning_rate=2e-3, learning_rate=2e-3
+    ),
+    cached_scenes=8192,
+    defaults={"width": 128, "height": 128, "num_frames": 9, "num_inference_steps": 20, "guidance_scale": 3.0},
+)
+
+_GPU_STILLS = (
+    Bucket(256, 256, 1, 256, 2.0),
+    Bucket(320, 192, 1, 256),
+    Bucket(192, 320, 1, 256),
+    Bucket(384, 384, 1, 96),
+    Bucket(512, 288, 1, 96),
+    Bucket(512, 512, 1, 48),
+    Bucket(128, 128, 1, 512, 0.5),
+)
+_GPU_CLIPS = (
+    Bucket(256, 256, 17, 48, 2.0),
+    Bucket(256, 144, 33, 48),
+    Bucket(512, 288, 17, 16),
+    Bucket(512, 288, 33, 8),
+)
+
+GPU = Recipe(
+    nouns=160,
+    shape=ModelShape(
+        vae_encoder_dim=24,
+        vae_decoder_dim=32,
+        text_dim=192,
+        text_layers=3,
+        heads=4,
+        head_dim=64,
+        layers=10,
+        vocabulary=2048,
+    ),
+    vae=StageRecipe(
+        steps=30_000,
+        phases=(
+            Phase(0.3, (Bucket(128, 128, 1, 64), Bucket(256, 256, 1, 24))),
+            Phase(1.0, (Bucket(256, 256, 1, 24), Bucket(96, 96, 17, 12), Bucket(128, 128, 9, 12))),
+        ),
+        matrix_learning_rate=1e-3,
+        learning_rate=1e-3,
+    ),
+    dit=StageRecipe(
+        steps=120_000,
+        phases=(
+            Phase(0.4, (Bucket(128, 128, 1, 512), Bucket(256, 256, 1, 256))),
+            Phase(0.6, _GPU_STILLS),
+            Phase(1.0, (*_GPU_STILLS, *_GPU_CLIPS)),
+        ),
+        matrix_learning_rate=2e-3,
+        learning_rate=1e-3,
+        warmup_steps=200,
+        ema_decay=0.9995,
+    ),
+    lora=StageRecipe(
+        steps=1500, phases=(Phase(1.0, (Bucket(256, 256, 1, 64),)),), matrix_learning_rate=2e-3, learning_rate=2e-3
+    ),
+    cached_scenes=0,
+    defaults={"width": 256, "height": 256, "num_frames": 33, "num_inference_steps": 20, "guidance_scale": 4.0},
+)
+
+PRESETS = {"cpu": CPU, "gpu": GPU}

@@ -1,0 +1,119 @@
+"""The first stage: the autoencoder, on pictures and clips of scenes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+from pipelines.bundled.scenes.nouns import first_nouns
+from pipelines.bundled.scenes.render import render
+from pipelines.bundled.scenes.scene import sample_scene
+from pipelines.bundled.train.convolution import skip_padding
+from pipelines.bundled.train.loop import autocast, device_of
+from pipelines.bundled.train.networks import build_vae
+from pipelines.bundled.train.optimizer import MuonAdamW, split_parameters
+from pipelines.bundled.train.recipe import Recipe
+
+KL_WEIGHT = 1e-4
+"""Per latent value: enough to keep the latents near N(0, 1), too little to blur."""
+
+EDGE_WEIGHT = 0.5
+"""Of the error of differences between neighbouring pixels, which is what makes edges sharp."""
+
+
+@dataclass(frozen=True)
+class PixelBatches:
+    """Crops of scenes drawn at 1 to 2 times the crop's size, so that detail of every scale is seen."""
+
+    recipe: Recipe
+
+    def batch(self, step: int) -> torch.Tensor:
+        """`(B, 3, T, H, W)`, uint8."""
+        random = Random(f"vae {self.recipe.seed} {step}")
+        buckets = self.recipe.vae.phase_at(step).buckets
+        bucket = random.choices(buckets, [each.weight for each in buckets])[0]
+        nouns = first_nouns(self.recipe.nouns)
+        clips = []
+        for _ in range(bucket.batch_size):
+            scale = random.choice((1.0, 1.0, 1.5, 2.0))
+            width, height = round(bucket.width * scale), round(bucket.height * scale)
+            scene = sample_scene(random, nouns, clip=bucket.num_frames > 1)
+            clip = render(scene, width, height, bucket.num_frames)
+            left, top = random.randint(0, width - bucket.width), random.randint(0, height - bucket.height)
+            clips.append(clip[:, top : top + bucket.height, left : left + bucket.width])
+        return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).contiguous()
+
+
+class VAEStage:
+    name = "vae"
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        torch.manual_seed(recipe.seed)
+        self.recipe = recipe.vae
+        self.seed = recipe.seed
+        self.source = PixelBatches(recipe)
+        self.module = build_vae(recipe.shape).to(device)
+        self.average = copy.deepcopy(self.module)
+        skip_padding(self.module)
+        matrices, rest = split_parameters(self.module, ())
+        self.optimizer = MuonAdamW(
+            matrices,
+            rest,
+            matrix_learning_rate=recipe.vae.matrix_learning_rate,
+            learning_rate=recipe.vae.learning_rate,
+        )
+
+    def loss(self, batch: torch.Tensor, step: int) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """Mean absolute error of pixels and of their differences, and the Kullback-Leibler divergence of the latents
+        from N(0, 1)."""
+        device = device_of(self.module)
+        pixels = pixels_of(batch.to(device))
+        with autocast(device):
+            moments = self.module._encode(pixels).float()
+            mean, log_variance = moments.chunk(2, 1)
+            log_variance = log_variance.clamp(-12, 4)
+            generator = torch.Generator(device).manual_seed(step_seed(self.seed, step))
+            noise = torch.randn(mean.shape, generator=generator, device=device)
+            decoded = decode(self.module, mean + noise * torch.exp(log_variance / 2)).float()
+        error = decoded - pixels
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        divergence = (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2
+        loss = error.abs().mean() + EDGE_WEIGHT * edges + KL_WEIGHT * divergence
+        name = "psnr_still" if pixels.shape[2] == 1 else "psnr_clip"
+        return loss, {name: psnr(decoded.detach().clamp(-1, 1), pixels), "kl": divergence.detach()}
+
+
+def step_seed(seed: int, step: int) -> int:
+    return seed * 1_000_003 + step
+
+
+def pixels_of(frames: torch.Tensor) -> torch.Tensor:
+    """uint8 to -1..1."""
+    return frames.float() / 127.5 - 1
+
+
+def psnr(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of values in -1..1, whose peak is 2."""
+    return 10 * torch.log10(4 / (decoded - pixels).square().mean())
+
+
+def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """What `vae.decode` returns for (B, C, T, h, w), before it clamps: where it does, no gradient would flow."""
+    vae.clear_cache()
+    latents = vae.post_quant_conv(latents)
+    chunks = []
+    for index in range(latents.shape[2]):
+        vae._conv_idx = [0]
+        latent = latents[:, :, index : index + 1]
+        chunks.append(
+            vae.decoder(latent, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=index == 0)
+        )
+    vae.clear_cache()
+    return unpatchify(torch.cat(chunks, 2), vae.config.patch_size)
