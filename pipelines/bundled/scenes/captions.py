@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from random import Random
+from string import ascii_lowercase
 
 from pipelines.bundled.scenes.backgrounds import COLOURS
 from pipelines.bundled.scenes.scene import Motion, Relation, Scene, Subject
@@ -10,7 +12,7 @@ from pipelines.bundled.scenes.scene import Motion, Relation, Scene, Subject
 ACTIONS = ("playing", "riding", "holding", "eating", "looking at", "chasing", "with", "and", "beside", "near")
 """Whatever one does with another, they are drawn side by side."""
 
-ADJECTIVES = ("cute", "happy", "beautiful", "old", "calico", "colorful", "funny", "nice", "lovely", "tiny little")
+ADJECTIVES = ("cute", "happy", "beautiful", "old", "calico", "colorful", "funny", "nice", "lovely")
 """They change nothing in the picture; prompts are full of them."""
 
 _RELATIONS: dict[Relation, tuple[str, ...]] = {
@@ -33,6 +35,9 @@ _MOTIONS: dict[Motion, tuple[str, ...]] = {
     "grows": (" growing", " grows", " getting bigger", " coming closer"),
 }
 
+_SINGULAR = tuple(phrase for phrases in _MOTIONS.values() for phrase in phrases if phrase and "ing" not in phrase)
+"""What is said of one alone."""
+
 _PLACES: dict[str, tuple[str, ...]] = {
     "stage": ("on stage", "on a stage", "in a theater"),
     "beach": ("on the beach", "on a beach", "at the seaside", "by the sea"),
@@ -50,48 +55,56 @@ _COUNTS = {2: "two", 3: "three", 4: "four"}
 _OPENINGS = ("a picture of ", "a photo of ", "an illustration of ", "a drawing of ", "an image of ")
 
 
-def caption(scene: Scene, random: Random) -> str:
-    """One of the many ways to describe `scene`: synonyms, adjectives and word order are drawn from `random`.
+@dataclass(frozen=True)
+class Wording:
+    """How a scene is put into words. Each share is a probability."""
 
-    It names every subject; one in twelve leaves the background unsaid.
-    """
-    words = _subject(scene.subjects[0], random)
-    # "Two robots bouncing", and never "two robots bounces".
-    motions = [words for words in _MOTIONS[scene.motion] if scene.subjects[0].count == 1 or "ing" in words or not words]
-    motion = random.choice(motions)
-    if scene.relation is None:
-        words += motion
-    else:
-        other = _subject(scene.subjects[1], random)
-        words += f"{motion} {random.choice(_RELATIONS[scene.relation])} {other}"
-    if random.random() < 11 / 12:
-        words += random.choice((" ", " ", " ", ", ")) + _background(scene.background, random)
-    if random.random() < 0.3:
-        words = random.choice(_OPENINGS) + words
-    if random.random() < 0.4:
-        words = words[0].upper() + words[1:]
-    return words + ("." if random.random() < 0.15 else "")
+    adjectives: float = 0.15
+    """Of a subject with an adjective that changes nothing."""
+    made_up_words: float = 0.05
+    """Of a subject with a word of random letters, from which a model learns to overlook words that it does not know."""
+    unsaid_backgrounds: float = 1 / 12
+
+    def caption(self, scene: Scene, random: Random) -> str:
+        """One of the many ways to describe `scene`: synonyms, adjectives and word order are drawn from `random`.
+
+        It names every subject.
+        """
+        words = self._subject(scene.subjects[0], random)
+        # "Two robots bouncing", and never "two robots bounces".
+        several = scene.subjects[0].count > 1
+        motion = random.choice([each for each in _MOTIONS[scene.motion] if not (several and each in _SINGULAR)])
+        if scene.relation is None:
+            words += motion
+        else:
+            other = self._subject(scene.subjects[1], random)
+            words += f"{motion} {random.choice(_RELATIONS[scene.relation])} {other}"
+        if random.random() >= self.unsaid_backgrounds:
+            words += random.choice((" ", " ", " ", ", ")) + random.choice(background_phrases(scene.background))
+        if random.random() < 0.3:
+            words = random.choice(_OPENINGS) + words
+        if random.random() < 0.4:
+            words = words[0].upper() + words[1:]
+        return words + ("." if random.random() < 0.15 else "")
+
+    def _subject(self, subject: Subject, random: Random) -> str:
+        adjectives = [random.choice(_SIZES[subject.size])] if subject.size != "normal" else []
+        if random.random() < self.adjectives:
+            adjectives.append(random.choice(ADJECTIVES))
+        if random.random() < self.made_up_words:
+            adjectives.append("".join(random.choices(ascii_lowercase, k=random.randint(3, 9))))
+        if subject.count > 1:
+            return " ".join((_COUNTS[subject.count], *adjectives, subject.noun.plural))
+        # The usual name half of the time: it is the one that most people type.
+        name = subject.noun.name if random.random() < 0.5 else random.choice(subject.noun.names)
+        words = " ".join((*adjectives, name))
+        # "Books on the beach" and "happy socks", but "a fish" and "a sheep".
+        if name == subject.noun.plural and name.endswith("s"):
+            return words
+        return f"{'an' if words[0] in 'aeiou' and not words.startswith(('uni', 'ufo')) else 'a'} {words}"
 
 
 def background_phrases(background: str) -> tuple[str, ...]:
     if background in COLOURS:
         return (f"on a {background} background", f"in front of a {background} wall", f"{background} background")
     return _PLACES[background]
-
-
-def _background(background: str, random: Random) -> str:
-    return random.choice(background_phrases(background))
-
-
-def _subject(subject: Subject, random: Random) -> str:
-    adjectives = [random.choice(_SIZES[subject.size])] if subject.size != "normal" else []
-    if random.random() < 0.15:
-        adjectives.append(random.choice(ADJECTIVES[:-1] if adjectives else ADJECTIVES))
-    if subject.count > 1:
-        return " ".join((_COUNTS[subject.count], *adjectives, subject.noun.plural))
-    # The usual name half of the time: it is the one that most people type.
-    name = subject.noun.name if random.random() < 0.5 else random.choice(subject.noun.names)
-    words = " ".join((*adjectives, name))
-    if not adjectives and name == subject.noun.plural:
-        return words
-    return f"{'an' if words[0] in 'aeiou' and not words.startswith(('uni', 'ufo')) else 'a'} {words}"

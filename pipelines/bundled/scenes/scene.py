@@ -92,20 +92,24 @@ class Scene:
 
 
 def sample_scene(random: Random, nouns: Sequence[Noun], *, clip: bool = False) -> Scene:
-    """A scene as training sees it: never two nouns whose pair is held out. Only clips have a motion."""
+    """A scene as training sees it: no two nouns, and no noun and background, that are held out. Only clips move."""
     seed = random.getrandbits(32)
-    # Places are fewer than colours, and harder: each comes twice as often as a colour.
-    background = random.choice((*COLOURS, *PLACES, *PLACES))
     if random.random() < 0.45:
         count = random.choice((2, 2, 3, 3, 4)) if random.random() < 0.15 else 1
-        motion = random.choice(MOTIONS) if clip else "still"
-        return Scene((Subject(random.choice(nouns), _size(random), count),), background, None, motion, seed)
-    first, second = random.sample(nouns, 2)
-    while is_held_out(first, second):
+        subjects: tuple[Subject, ...] = (Subject(random.choice(nouns), _size(random), count),)
+        relation, motions = None, MOTIONS
+    else:
         first, second = random.sample(nouns, 2)
-    subjects = (Subject(first, _size(random)), Subject(second, _size(random)))
-    motion = random.choice(("still", "bounces", "spins")) if clip else "still"
-    return Scene(subjects, background, random.choice(RELATIONS), motion, seed)
+        while is_held_out(first.name, second.name):
+            first, second = random.sample(nouns, 2)
+        subjects = (Subject(first, _size(random)), Subject(second, _size(random)))
+        relation, motions = random.choice(RELATIONS), ("still", "bounces", "spins")
+    # Places are fewer than colours, and harder: each comes twice as often as a colour.
+    backgrounds = (*COLOURS, *PLACES, *PLACES)
+    background = random.choice(backgrounds)
+    while any(is_held_out(subject.noun.name, background) for subject in subjects):
+        background = random.choice(backgrounds)
+    return Scene(subjects, background, relation, random.choice(motions) if clip else "still", seed)
 
 
 def _size(random: Random) -> Size:

@@ -1,1 +1,1 @@
-"""Training of the bundled model, in stages that can be stopped and resumed: `python -m pipelines.bundled.train --help`."""
+"""Training of the bundled model, in stages that can be stopped and resumed."""

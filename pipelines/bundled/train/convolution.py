@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
@@ -28,7 +28,7 @@ def _forward_by_taps(
     if cache_x is not None and missing > 0:
         frames = torch.cat([cache_x, frames], 2)
         missing -= cache_x.shape[2]
-    batch, _, length, height, width = frames.shape
+    batch, length = frames.shape[0], frames.shape[2]
     taps, stride = convolution.kernel_size[0], convolution.stride[0]
     out_length = (length + missing - taps) // stride + 1
     by_frame = frames.transpose(1, 2)

@@ -23,19 +23,35 @@ FORMAT = 1
 LOG_STEPS = 20
 
 
+class BatchSource(Protocol):
+    """The part of a stage that worker processes get: no networks."""
+
+    def batch(self, step: int) -> Any:
+        """The data of a step, on the CPU. A function of the step alone."""
+
+
 class Stage(Protocol):
     """What one stage trains. Its noise, too, is a function of the step alone, so that a run which was resumed is the
     run which was not."""
 
-    name: str
-    recipe: StageRecipe
-    module: nn.Module
-    """Everything that is trained."""
-    average: nn.Module
-    """The same networks, holding the moving average of the weights, which is what is served."""
     optimizer: MuonAdamW
 
-    source: BatchSource
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def recipe(self) -> StageRecipe: ...
+
+    @property
+    def source(self) -> BatchSource: ...
+
+    @property
+    def module(self) -> nn.Module:
+        """Everything that is trained."""
+
+    @property
+    def average(self) -> nn.Module:
+        """The same networks with the moving average of the weights, which is what is served."""
 
     def loss(self, batch: Any, step: int) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """The loss of that batch, and what is to be logged of it, both without dimensions."""
@@ -48,13 +64,6 @@ class Limits:
     checkpoint_minutes: float = 5.0
     workers: int = 0
     """Processes that prepare batches ahead; 0 prepares them in the loop."""
-
-
-class BatchSource(Protocol):
-    """The part of a stage that worker processes get: no networks."""
-
-    def batch(self, step: int) -> Any:
-        """The data of a step, on the CPU. A function of the step alone."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +129,10 @@ def train_step(stage: Stage, batch: Any, step: int) -> Mapping[str, torch.Tensor
     stage.optimizer.step(stage.recipe.rate_at(step))
     # The average starts young, or it would drag the random beginning along for thousands of steps.
     decay = min(stage.recipe.ema_decay, (step + 1) / (step + 10))
-    average = list(stage.average.parameters())
+    average: list[torch.Tensor] = list(stage.average.parameters())
+    weights: list[torch.Tensor] = list(stage.module.parameters())
     with torch.no_grad():
-        torch._foreach_lerp_(average, list(stage.module.parameters()), 1 - decay)
+        torch._foreach_lerp_(average, weights, 1 - decay)
     return {"loss": loss.detach(), **measured}
 
 

@@ -18,7 +18,6 @@ class ModelShape:
     """A multiple of 4, so that a gang of up to 4 ranks can share them."""
     head_dim: int
     layers: int
-    vocabulary: int
     latent_channels: int = 16
 
     @property
@@ -100,9 +99,8 @@ CPU = Recipe(
         text_dim=128,
         text_layers=2,
         heads=4,
-        head_dim=64,
+        head_dim=48,
         layers=6,
-        vocabulary=1024,
     ),
     vae=StageRecipe(
         steps=1600,
@@ -158,7 +156,6 @@ GPU = Recipe(
         heads=4,
         head_dim=64,
         layers=10,
-        vocabulary=2048,
     ),
     vae=StageRecipe(
         steps=30_000,

@@ -112,8 +112,6 @@ def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     for index in range(latents.shape[2]):
         vae._conv_idx = [0]
         latent = latents[:, :, index : index + 1]
-        chunks.append(
-            vae.decoder(latent, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=index == 0)
-        )
+        chunks.append(vae.decoder(latent, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=index == 0))
     vae.clear_cache()
     return unpatchify(torch.cat(chunks, 2), vae.config.patch_size)

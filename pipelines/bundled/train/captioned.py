@@ -1,0 +1,128 @@
+"""Batches of captioned scenes, for the stages that learn what words look like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from pipelines.bundled.scenes.captions import Wording
+from pipelines.bundled.scenes.nouns import first_nouns
+from pipelines.bundled.scenes.render import render
+from pipelines.bundled.scenes.scene import Scene, sample_scene
+from pipelines.bundled.scenes.styles import STYLES
+from pipelines.bundled.train.loop import autocast, device_of
+from pipelines.bundled.train.recipe import Bucket, Recipe, StageRecipe
+from pipelines.bundled.train.vae import pixels_of
+
+ENCODED_AT_ONCE = 2**21
+"""Pixels that go through the encoder together, on a GPU or not: the activations of that many take some 2 GB."""
+
+
+@dataclass(frozen=True)
+class Captioned:
+    bucket: Bucket
+    input_ids: torch.Tensor
+    """`(B, L)`, padded to the longest."""
+    attention_mask: torch.Tensor
+    """`(B, L)`, 1 for text and 0 for padding."""
+    given_first_frame: bool
+    indices: torch.Tensor
+    """`(B,)`: which scenes of the bucket these are."""
+    pixels: torch.Tensor | None
+    """`(B, 3, T, H, W)`, uint8; None where their latents are cached."""
+
+
+@dataclass(frozen=True)
+class CaptionedBatches:
+    """What the data of a step is, as a function of the step alone."""
+
+    name: str
+    recipe: Recipe
+    stage: StageRecipe
+    tokenizer: PreTrainedTokenizerFast
+    cached: bool
+    style: str | None = None
+
+    def batch(self, step: int) -> Captioned:
+        random = Random(f"{self.name} {self.recipe.seed} {step}")
+        buckets = self.stage.phase_at(step).buckets
+        bucket = random.choices(buckets, [each.weight for each in buckets])[0]
+        limit = cached_scenes(self.recipe, bucket) if self.cached else 2**48
+        indices = [random.randrange(limit) for _ in range(bucket.batch_size)]
+        scenes = [scene_of(self.recipe, bucket, index) for index in indices]
+        wording = Wording()
+        captions = [
+            "" if random.random() < self.recipe.caption_dropout else wording.caption(scene, random) for scene in scenes
+        ]
+        tokens = self.tokenizer(captions, padding="longest", return_tensors="pt")
+        return Captioned(
+            bucket=bucket,
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            given_first_frame=bucket.num_frames > 1 and random.random() < self.recipe.first_frame_share,
+            indices=torch.tensor(indices),
+            pixels=None if self.cached else draw(scenes, bucket, self.style),
+        )
+
+
+def cached_scenes(recipe: Recipe, bucket: Bucket) -> int:
+    """How many scenes of this bucket are encoded once: fewer clips, by their frames, than stills."""
+    return max(bucket.batch_size, recipe.cached_scenes // bucket.num_frames)
+
+
+def scene_of(recipe: Recipe, bucket: Bucket, index: int) -> Scene:
+    random = Random(f"{recipe.seed} {bucket.width}x{bucket.height}x{bucket.num_frames} {index}")
+    return sample_scene(random, first_nouns(recipe.nouns), clip=bucket.num_frames > 1)
+
+
+def draw(scenes: list[Scene], bucket: Bucket, style: str | None = None) -> torch.Tensor:
+    """`(B, 3, T, H, W)`, uint8."""
+    clips = [render(scene, bucket.width, bucket.height, bucket.num_frames) for scene in scenes]
+    if style is not None:
+        clips = [STYLES[style](clip) for clip in clips]
+    return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).contiguous()
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKLWan, frames: torch.Tensor) -> torch.Tensor:
+    """The normalised latents (B, C, T', h, w), in float32, of `frames` (B, 3, T, H, W) in uint8: the posterior's mode,
+    as image to video encodes what it is given."""
+    device = device_of(vae)
+    at_once = max(1, ENCODED_AT_ONCE // frames[0, 0].numel())
+    encoded = []
+    for part in frames.split(at_once):
+        with autocast(device):
+            encoded.append(vae._encode(pixels_of(part.to(device)))[:, : vae.config.z_dim].float())
+    return normalize(vae, torch.cat(encoded))
+
+
+def normalize(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """To a mean of 0 and a deviation of 1 in each channel, by the numbers in the autoencoder's configuration."""
+    mean, std = (
+        torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return (latents - mean) / std
+
+
+def load_latents(vae: AutoencoderKLWan, recipe: Recipe, bucket: Bucket, directory: Path) -> torch.Tensor:
+    """The latents (N, C, T', h, w), in float16, of the bucket's cached scenes, encoded now if `directory` has none."""
+    count = cached_scenes(recipe, bucket)
+    shape = f"{bucket.width}x{bucket.height}x{bucket.num_frames}"
+    path = directory / f"{shape}-{count}-of-{recipe.nouns}-nouns-{recipe.seed}.safetensors"
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        parts = []
+        for start in tqdm(range(0, count, 64), desc=f"encode {shape}", unit="batch"):
+            scenes = [scene_of(recipe, bucket, index) for index in range(start, min(start + 64, count))]
+            parts.append(encode(vae, draw(scenes, bucket)).half().cpu())
+        save_file({"latents": torch.cat(parts).contiguous()}, path)
+    return load_file(path)["latents"]

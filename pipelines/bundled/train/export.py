@@ -1,0 +1,78 @@
+"""Trained networks as a directory in the diffusers layout, which any Wan server can serve."""
+
+from __future__ import annotations
+
+import shutil
+from importlib import resources
+from pathlib import Path
+
+import torch
+import yaml
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+from transformers import PreTrainedTokenizerFast
+
+from pipelines.bundled.train.captioned import draw, encode, scene_of
+from pipelines.bundled.train.convolution import skip_padding
+from pipelines.bundled.train.flow import TextToLatents
+from pipelines.bundled.train.loop import load_average
+from pipelines.bundled.train.networks import build_text_encoder, build_transformer, build_vae
+from pipelines.bundled.train.recipe import Recipe
+
+MEASURED_SCENES = 256
+"""From which the mean and deviation of the latents are taken."""
+
+FLOW_SHIFT = 3.0
+"""Of the sampler: between the training's 2 at 128x128 and its 5 at 512x512."""
+
+
+def export_vae(recipe: Recipe, checkpoint: Path, directory: Path, device: torch.device) -> None:
+    """The averaged autoencoder in float32, with the mean and deviation of its latents in its configuration.
+
+    What `directory` held, latents of an earlier autoencoder too, is removed.
+    """
+    vae = build_vae(recipe.shape)
+    load_average(vae, checkpoint)
+    vae.to(device)
+    skip_padding(vae)
+    bucket = recipe.dit.phases[0].buckets[0]
+    frames = draw([scene_of(recipe, bucket, index) for index in range(MEASURED_SCENES)], bucket)
+    latents = encode(vae, frames)  # normalised by 0 and 1, as it was built
+    vae.register_to_config(
+        latents_mean=[round(value, 4) for value in latents.mean((0, 2, 3, 4)).tolist()],
+        latents_std=[round(value, 4) for value in latents.std((0, 2, 3, 4)).tolist()],
+    )
+    if directory.exists():
+        shutil.rmtree(directory)
+    vae.save_pretrained(directory)
+
+
+def export_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, vae: AutoencoderKLWan, checkpoint: Path, directory: Path
+) -> None:
+    """The whole pipeline in bfloat16, with the averaged weights of the transformer's checkpoint."""
+    model = TextToLatents(build_text_encoder(recipe.shape, len(tokenizer)), build_transformer(recipe.shape))
+    load_average(model, checkpoint)
+    pipeline = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=model.text_encoder.bfloat16(),
+        transformer=model.transformer.bfloat16(),
+        vae=vae.to("cpu", torch.bfloat16),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT
+        ),
+        expand_timesteps=True,
+    )
+    if directory.exists():
+        shutil.rmtree(directory)
+    pipeline.save_pretrained(directory)
+    (directory / "ditserve.yaml").write_text(yaml.safe_dump(family_overrides(recipe), sort_keys=False))
+
+
+def family_overrides(recipe: Recipe) -> dict[str, object]:
+    """What this model overrides of its family: as the bundled model's `ditserve.yaml`, with the recipe's defaults."""
+    overrides = yaml.safe_load(resources.files("pipelines.bundled").joinpath("ditserve.yaml").read_text())
+    # Guidance leads away from the empty caption, which is what training drops captions for.
+    overrides["defaults"] |= {"negative_prompt": "", **recipe.defaults}
+    size = {name: recipe.defaults[name] for name in ("width", "height")}
+    overrides["task_defaults"]["text_to_image"] |= size
+    return overrides

@@ -1,0 +1,71 @@
+"""Flow matching (Lipman et al. 2023, Liu et al. 2023) on latents, conditioned as they will be served."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import nn
+from transformers import UMT5EncoderModel
+
+from pipelines.bundled.train.captioned import Captioned
+from pipelines.bundled.train.padding import fold_padding
+
+TRAIN_TIMESTEPS = 1000
+"""Of the scheduler: the timestep of pure noise."""
+
+UNIFORM_SHARE = 0.2
+"""Of timesteps that are drawn evenly: logit-normal ones alone hardly ever reach either end."""
+
+
+class TextToLatents(nn.Module):
+    """What is trained together: the words and the pictures."""
+
+    def __init__(self, text_encoder: UMT5EncoderModel, transformer: WanTransformer3DModel) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.transformer = transformer
+
+
+def sample_sigmas(count: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
+    """`(count,)` shares of noise, 0 to 1: logit-normal, some uniform, shifted to more noise for larger pictures.
+
+    The shift is that of Esser et al. 2024 (Stable Diffusion 3, section 5.3.2), sqrt of the ratio of token counts: 2 at
+    64 tokens (128x128), and 5 at most.
+    """
+    device = generator.device
+    sigmas = torch.sigmoid(torch.randn(count, generator=generator, device=device))
+    uniform = torch.rand(count, generator=generator, device=device)
+    sigmas = torch.where(torch.rand(count, generator=generator, device=device) < UNIFORM_SHARE, uniform, sigmas)
+    shift = min(5.0, 2 * (tokens / 64) ** 0.5)
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def flow_loss(
+    model: TextToLatents, batch: Captioned, latents: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+    """The mean squared error of the predicted velocity, noise - latents, for normalised latents (B, C, T, h, w).
+
+    Where the first frame is given, it is what `WanImageToVideoPipeline` makes of it with `expand_timesteps`: clean
+    latents, whose tokens have timestep 0. It is then no part of the loss.
+    """
+    count, _, frames, height, width = latents.shape
+    tokens = frames * (height // 2) * (width // 2)
+    sigmas = sample_sigmas(count, tokens, generator)
+    noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+    share = sigmas.view(-1, 1, 1, 1, 1)
+    noisy = (1 - share) * latents + share * noise
+    timesteps = sigmas * TRAIN_TIMESTEPS
+    if batch.given_first_frame:
+        noisy[:, :, 0] = latents[:, :, 0]
+        timesteps = timesteps[:, None].repeat(1, tokens)
+        timesteps[:, : tokens // frames] = 0
+    input_ids, attention_mask = batch.input_ids.to(latents.device), batch.attention_mask.to(latents.device)
+    encoded = model.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    velocity = model.transformer(noisy, timesteps, fold_padding(encoded, attention_mask), return_dict=False)[0]
+    errors = (velocity.float() - (noise - latents)).square()
+    if batch.given_first_frame:
+        errors = errors[:, :, 1:]
+    loss = errors.mean()
+    return loss, {("loss_still" if frames == 1 else "loss_clip"): loss.detach()}

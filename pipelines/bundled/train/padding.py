@@ -1,0 +1,60 @@
+"""Cross-attention to padded text as it is served, at the price of the text alone.
+
+`WanPipeline` pads the encoded prompt with zeros to 512 tokens and masks none of them: they take their share of every
+softmax. Trained without them a model would be served another one. All of them have the same key and the same value, so
+one token that stands for n counts the same as n, if log(n) is added to its score: n exp(s) = exp(s + log n).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention
+
+SERVED_LENGTH = 512
+"""Tokens of text that `WanPipeline` gives the transformer (`max_sequence_length`)."""
+
+
+def fold_padding(encoded: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Zero what pads `encoded` (B, L, D), and append one zero for the rest of the padding: (B, L + 1, D)."""
+    return F.pad(encoded * attention_mask[..., None], (0, 0, 0, 1))
+
+
+def attend_to_folded_padding(transformer: WanTransformer3DModel) -> None:
+    """From now on `transformer` takes text that `fold_padding` made, and no other."""
+    for block in transformer.blocks:
+        block.attn2.set_processor(FoldedPaddingProcessor())
+
+
+class FoldedPaddingProcessor:
+    """`WanAttnProcessor` for cross-attention to text whose last token stands for `SERVED_LENGTH - L` of its like."""
+
+    # diffusers sets these on every processor.
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: None = None,
+        rotary_emb: None = None,
+    ) -> torch.Tensor:
+        query, key, value = (
+            projected.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            for projected in (
+                attn.norm_q(attn.to_q(hidden_states)),
+                attn.norm_k(attn.to_k(encoder_hidden_states)),
+                attn.to_v(encoder_hidden_states),
+            )
+        )
+        length = encoder_hidden_states.shape[1] - 1
+        bias = torch.zeros(1, 1, 1, length + 1, dtype=query.dtype, device=query.device)
+        bias[..., -1] = math.log(SERVED_LENGTH - length)
+        attended = F.scaled_dot_product_attention(query, key, value.to(query.dtype), attn_mask=bias)
+        attended = attended.transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](attended))
