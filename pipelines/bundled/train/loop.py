@@ -87,7 +87,8 @@ def autocast(device: torch.device) -> torch.autocast:
 def train(stage: Stage, directory: Path, limits: Limits, *, resume: bool) -> int:
     """Train until the recipe's last step or the time limit, and return the number of steps done in all.
 
-    `directory` gets `<stage>.pt`, the checkpoint, and `<stage>.jsonl`, the log: a line every 20 steps, of means.
+    `directory` gets `<stage>.pt`, the checkpoint, and `<stage>.jsonl`, the log: a line every 20 steps, of
+    means, with the seconds since this run began.
 
     Raises:
         FileExistsError: there is a checkpoint, and `resume` is not asked for.
