@@ -32,6 +32,7 @@ from pipelines.bundled.scenes.captions import Wording
 from pipelines.bundled.scenes.nouns import Noun, first_nouns, is_held_out
 from pipelines.bundled.scenes.render import render
 from pipelines.bundled.scenes.scene import Motion, Relation, Scene, Subject, sample_scene
+from pipelines.bundled.train.vae import pixels_of, stack
 
 Frames = npt.NDArray[np.uint8]
 """`(T, H, W, 3)` in sRGB."""
@@ -262,7 +263,7 @@ def labelled_crops(
 
 
 def as_input(crops: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return pixels_of(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2))
 
 
 def augmented(images: torch.Tensor) -> torch.Tensor:
@@ -281,7 +282,7 @@ def named(classifier: nn.Module, crops: Sequence[npt.NDArray[np.uint8]]) -> list
 
 @torch.no_grad()
 def reconstruct(pipeline: WanPipeline, frames: Frames) -> Frames:
-    pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    pixels = pixels_of(stack([frames]))
     decoded = pipeline.vae.decode(pipeline.vae.encode(pixels.to(pipeline.device)).latent_dist.mode()).sample[0]
     return ((decoded.permute(1, 2, 3, 0).cpu().numpy() + 1) * 127.5).round().astype(np.uint8)
 

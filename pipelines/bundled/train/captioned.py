@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
@@ -20,7 +19,7 @@ from pipelines.bundled.scenes.scene import Scene, sample_scene
 from pipelines.bundled.scenes.styles import STYLES
 from pipelines.bundled.train.loop import autocast, device_of
 from pipelines.bundled.train.recipe import Bucket, Recipe, StageRecipe
-from pipelines.bundled.train.vae import pixels_of
+from pipelines.bundled.train.vae import pixels_of, stack
 
 ENCODED_AT_ONCE = 2**21
 """Pixels that go through the encoder together, on a GPU or not: the activations of that many take some 2 GB."""
@@ -53,8 +52,7 @@ class CaptionedBatches:
 
     def batch(self, step: int) -> Captioned:
         random = Random(f"{self.name} {self.recipe.seed} {step}")
-        buckets = self.stage.phase_at(step).buckets
-        bucket = random.choices(buckets, [each.weight for each in buckets])[0]
+        bucket = self.stage.draw_bucket(step, random)
         limit = cached_scenes(self.recipe, bucket) if self.cached else 2**48
         indices = [random.randrange(limit) for _ in range(bucket.batch_size)]
         scenes = [scene_of(self.recipe, bucket, index) for index in indices]
@@ -88,7 +86,7 @@ def draw(scenes: list[Scene], bucket: Bucket, style: str | None = None) -> torch
     clips = [render(scene, bucket.width, bucket.height, bucket.num_frames) for scene in scenes]
     if style is not None:
         clips = [STYLES[style](clip) for clip in clips]
-    return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).contiguous()
+    return stack(clips)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from random import Random
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class StageRecipe:
 
     def phase_at(self, step: int) -> Phase:
         return next(phase for phase in self.phases if step < phase.until * self.steps or phase is self.phases[-1])
+
+    def draw_bucket(self, step: int, random: Random) -> Bucket:
+        """One of the buckets of the step's phase, by their weights."""
+        buckets = self.phase_at(step).buckets
+        return random.choices(buckets, [each.weight for each in buckets])[0]
 
     def rate_at(self, step: int) -> float:
         """The share of the learning rates that this step, from 0, takes."""

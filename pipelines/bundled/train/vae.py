@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
@@ -37,8 +38,7 @@ class PixelBatches:
     def batch(self, step: int) -> torch.Tensor:
         """`(B, 3, T, H, W)`, uint8."""
         random = Random(f"vae {self.recipe.seed} {step}")
-        buckets = self.recipe.vae.phase_at(step).buckets
-        bucket = random.choices(buckets, [each.weight for each in buckets])[0]
+        bucket = self.recipe.vae.draw_bucket(step, random)
         nouns = first_nouns(self.recipe.nouns)
         clips = []
         for _ in range(bucket.batch_size):
@@ -48,7 +48,7 @@ class PixelBatches:
             clip = render(scene, width, height, bucket.num_frames)
             left, top = random.randint(0, width - bucket.width), random.randint(0, height - bucket.height)
             clips.append(clip[:, top : top + bucket.height, left : left + bucket.width])
-        return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).contiguous()
+        return stack(clips)
 
 
 class VAEStage:
@@ -92,6 +92,11 @@ class VAEStage:
 
 def step_seed(seed: int, step: int) -> int:
     return seed * 1_000_003 + step
+
+
+def stack(clips: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
+    """Clips (T, H, W, 3) as one (B, 3, T, H, W), uint8."""
+    return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).contiguous()
 
 
 def pixels_of(frames: torch.Tensor) -> torch.Tensor:
