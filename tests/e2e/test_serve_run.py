@@ -58,7 +58,7 @@ def deployed() -> Iterator[Server]:
 
 def is_ready(server: Server) -> bool:
     try:
-        return httpx2.get(f"{server.base_url}/ready", timeout=10).status_code == 200
+        return server.http.get("/ready", timeout=10).status_code == 200
     except httpx2.TransportError:
         return False
 
