@@ -4,13 +4,50 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from tests.e2e.server import Server, running_server
 
 STOP_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """The videos that a server had when it ended, by what they must be like under the next one."""
+
+    finished: dict[str, Any]
+    running: str
+    queued: str
+    contents: Mapping[str, bytes]
+    """By id, of all three."""
+
+
+def leave_work(server: Server) -> Work:
+    """A finished video, a running one and a queued one."""
+    long = {"seed": 1, "num_inference_steps": 100}
+    expected = server.clip(**long)
+    finished = server.wait_for_video(server.create_video(seed=2)["id"])
+    clip = server.http.get(f"/v1/videos/{finished['id']}/content").content
+    running = server.create_video(**long)["id"]
+    queued = server.create_video(seed=2)["id"]
+    server.wait_for_video(running, until=lambda video: video["progress"] >= 5)
+    assert server.video(queued)["status"] == "queued"
+    return Work(finished, running, queued, {finished["id"]: clip, running: expected, queued: clip})
+
+
+def assert_done(server: Server, work: Work) -> None:
+    assert server.video(work.finished["id"]) == work.finished
+    assert server.video(work.running)["status"] in ("in_progress", "completed")
+    for video_id, content in work.contents.items():
+        assert server.wait_for_video(video_id)["status"] == "completed"
+        assert server.http.get(f"/v1/videos/{video_id}/content").content == content
+    listed = [video["id"] for video in server.http.get("/v1/videos").json()["data"]]
+    assert listed[:3] == [work.queued, work.running, work.finished["id"]]
 
 
 def assert_ends(server: Server, signal_number: int) -> None:
@@ -24,27 +61,25 @@ def assert_ends(server: Server, signal_number: int) -> None:
     assert server.processes() == []
 
 
-def test_a_stopped_server_leaves_nothing_behind_and_the_next_finishes_its_videos(tmp_path: Path) -> None:
-    with running_server(tmp_path) as first:
-        expected = first.clip(seed=1, num_inference_steps=100)
-        finished = first.wait_for_video(first.create_video(seed=2)["id"])
-        clip = first.http.get(f"/v1/videos/{finished['id']}/content").content
-        interrupted = first.create_video(seed=1, num_inference_steps=100)
-        queued = first.create_video(seed=2)
-        first.wait_for_video(interrupted["id"], until=lambda video: video["progress"] >= 5)
-        assert first.video(queued["id"])["status"] == "queued"
-        assert_ends(first, signal.SIGINT)
+def kill_all(server: Server) -> None:
+    processes = server.processes()
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes, timeout=STOP_SECONDS)
 
+
+def test_a_server_that_was_stopped_or_killed_leaves_its_videos_to_the_next(tmp_path: Path) -> None:
+    with running_server(tmp_path) as first:
+        stopped = leave_work(first)
+        assert_ends(first, signal.SIGINT)
     with running_server(tmp_path) as second:
-        assert second.video(finished["id"]) == finished
-        assert second.http.get(f"/v1/videos/{finished['id']}/content").content == clip
-        assert second.video(interrupted["id"])["status"] in ("in_progress", "completed")
-        for video, content in ((interrupted, expected), (queued, clip)):
-            assert second.wait_for_video(video["id"])["status"] == "completed"
-            assert second.http.get(f"/v1/videos/{video['id']}/content").content == content
-        listed = [video["id"] for video in second.http.get("/v1/videos").json()["data"]]
-        assert listed[:3] == [queued["id"], interrupted["id"], finished["id"]]
-        assert_ends(second, signal.SIGTERM)
+        assert_done(second, stopped)
+        killed = leave_work(second)
+        kill_all(second)
+    with running_server(tmp_path) as third:
+        assert_done(third, killed)
+        assert third.video(stopped.finished["id"]) == stopped.finished
+        assert_ends(third, signal.SIGTERM)
 
 
 def test_no_process_of_rays_runs_that_a_server_has_no_use_for(server: Server) -> None:

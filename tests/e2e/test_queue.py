@@ -13,9 +13,11 @@ import httpx2
 import pytest
 
 from deployments.cluster import free_ports
+from tests.chaos.victims import lose
 from tests.e2e.server import SMALL, Server, running_server
 
 MAX_QUEUE = 3
+MAX_RETRIES = 1
 LONG = {"num_inference_steps": 60, "seed": 11}
 
 
@@ -27,7 +29,8 @@ def metrics_port() -> int:
 
 @pytest.fixture(scope="module")
 def gang_of_two(tmp_path_factory: pytest.TempPathFactory, metrics_port: int) -> Iterator[Server]:
-    flags = ("--num-gpus", "2", "--max-queue", str(MAX_QUEUE), "--metrics-port", str(metrics_port))
+    limits = ("--max-queue", str(MAX_QUEUE), "--max-retries", str(MAX_RETRIES))
+    flags = ("--num-gpus", "2", *limits, "--metrics-port", str(metrics_port))
     with running_server(tmp_path_factory.mktemp("queue"), *flags) as running:
         yield running
 
@@ -133,6 +136,27 @@ def test_a_video_that_is_not_done_in_time_fails_also_while_it_waits(gang_of_two:
     failed = gang_of_two.wait_for_video(waiting)
     assert (failed["status"], failed["error"]["code"]) == ("failed", "timeout")
     gang_of_two.http.delete(f"/v1/videos/{running}")
+
+
+def test_a_job_that_breaks_its_workers_each_time_fails_alone(gang_of_two: Server) -> None:
+    poison = long_video(gang_of_two, num_inference_steps=1000)
+    innocent = gang_of_two.create_video()["id"]
+    for _ in range(1 + MAX_RETRIES):
+        assert gang_of_two.video(poison)["status"] == "in_progress"
+        assert lose(gang_of_two, "rank")
+        wait_until_healed(gang_of_two)
+    failed = gang_of_two.wait_for_video(poison)
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "worker_failed")
+    assert content(gang_of_two, innocent)
+
+
+def wait_until_healed(server: Server) -> None:
+    """The ranks are not ready, and then they are."""
+    deadline = time.monotonic() + 120
+    for status in (503, 200):
+        while server.http.get("/ready").status_code != status:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_prometheus_is_told_what_happened_and_nothing_of_what_clients_wrote(
