@@ -73,7 +73,10 @@ class Storm:
         self._over = threading.Event()
 
     def run(self) -> Report:
-        expected = {(kind, seed): self._ask(Task(0, kind, seed)) for kind in KINDS for seed in range(SEEDS)}
+        with self._client() as client:
+            expected = {
+                (kind, seed): KINDS[kind](client, Task(0, kind, seed)) for kind in KINDS for seed in range(SEEDS)
+            }
         killing = threading.Thread(target=self._kill)
         killing.start()
         try:
@@ -86,14 +89,15 @@ class Storm:
         return self.report
 
     def _be_a_client(self, expected: Mapping[tuple[str, int], bytes]) -> None:
-        while (number := next(self._numbers)) < self.jobs or len(self.report.losses) < len(self.victims):
-            chance = random.Random(f"{self._seed} {number}")
-            self._check(Task(number, chance.choice(list(KINDS)), chance.randrange(SEEDS)), expected)
+        with self._client() as client:
+            while (number := next(self._numbers)) < self.jobs or len(self.report.losses) < len(self.victims):
+                chance = random.Random(f"{self._seed} {number}")
+                self._check(client, Task(number, chance.choice(list(KINDS)), chance.randrange(SEEDS)), expected)
 
-    def _check(self, task: Task, expected: Mapping[tuple[str, int], bytes]) -> None:
+    def _check(self, client: OpenAI, task: Task, expected: Mapping[tuple[str, int], bytes]) -> None:
         started = time.monotonic()
         try:
-            if self._ask(task) != expected[task.kind, task.seed]:
+            if KINDS[task.kind](client, task) != expected[task.kind, task.seed]:
                 self.report.wrong.append(str(task))
         except Exception as error:
             self.report.lost.append(f"{task}: {error!r}")
@@ -101,8 +105,8 @@ class Storm:
             self.report.hung.append(str(task))
         self.report.jobs += 1
 
-    def _ask(self, task: Task) -> bytes:
-        client = OpenAI(
+    def _client(self) -> OpenAI:
+        return OpenAI(
             base_url=f"{self.server.base_url}/v1",
             api_key="any",
             # Each kill may cost a request its connection: twelve of them, with OpenAI's pauses of up to 8 s.
@@ -110,8 +114,6 @@ class Storm:
             timeout=PATIENCE_SECONDS,
             http_client=httpx2.Client(transport=PatientTransport(), timeout=PATIENCE_SECONDS),
         )
-        with client:
-            return KINDS[task.kind](client, task)
 
     def _kill(self) -> None:
         turn = 0
