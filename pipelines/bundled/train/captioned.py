@@ -72,8 +72,8 @@ class CaptionedBatches:
 
 
 def cached_scenes(recipe: Recipe, bucket: Bucket) -> int:
-    """How many scenes of this bucket are encoded once: fewer clips, by their frames, than stills."""
-    return max(bucket.batch_size, recipe.cached_scenes // bucket.num_frames)
+    """How many scenes of this bucket are encoded once: the larger they are, and the more frames they have, the fewer."""
+    return max(bucket.batch_size, recipe.cached_pixels // (bucket.width * bucket.height * bucket.num_frames))
 
 
 def scene_of(recipe: Recipe, bucket: Bucket, index: int) -> Scene:

@@ -44,7 +44,7 @@ class DiTStage:
         torch.manual_seed(recipe.seed)
         self.recipe = recipe.dit
         self.seed = recipe.seed
-        self.source = CaptionedBatches(self.name, recipe, recipe.dit, tokenizer, cached=recipe.cached_scenes > 0)
+        self.source = CaptionedBatches(self.name, recipe, recipe.dit, tokenizer, cached=recipe.cached_pixels > 0)
         self.module = TextToLatents(
             build_text_encoder(recipe.shape, len(tokenizer)), build_transformer(recipe.shape)
         ).to(device)

@@ -29,7 +29,7 @@ RECIPE = Recipe(
     vae=stage(STILL, CLIP),
     dit=stage(STILL, CLIP),
     lora=stage(STILL),
-    cached_scenes=4,
+    cached_pixels=4 * 32 * 32,
     lora_rank=2,
     defaults={"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 3.0},
 )

@@ -55,7 +55,7 @@ def make_stage(name: str, trained: Path, latents: Path) -> Stage:
         case "vae":
             return VAEStage(RECIPE, CPU)
         case "dit" | "dit-uncached":
-            recipe = RECIPE if name == "dit" else replace(RECIPE, cached_scenes=0)
+            recipe = RECIPE if name == "dit" else replace(RECIPE, cached_pixels=0)
             tokenizer = PreTrainedTokenizerFast.from_pretrained(trained / "tokenizer")
             return DiTStage(recipe, tokenizer, AutoencoderKLWan.from_pretrained(trained / "vae"), latents, CPU)
         case _:
