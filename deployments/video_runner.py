@@ -18,7 +18,7 @@ from pipelines.job import InvalidJob, Job, Media, Progress, Result
 logger = logging.getLogger(__name__)
 
 _RETRY_DELAY_S = 1.0
-"""Between two attempts: a gang is rebuilt in 1.4 s, a killed engine replica is back after 10 s."""
+"""Between two attempts: a killed engine replica is back after 10 s."""
 
 
 class VideoRunner:
