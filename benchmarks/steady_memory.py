@@ -2,8 +2,8 @@
 
     python -m benchmarks.steady_memory [--requests 500] [--ranks 2]
 
-Baseline: the same processes after as many requests before. Over the first few hundred Ray's own tables fill: the engine's
-process grows by 8 MB, and by 1 MB over the next thousand.
+Baseline: the same processes after as many requests before. Over the first few hundred Ray's own tables fill: the
+engine's process grows by 8 MB, and by 1 MB over the next thousand.
 """
 
 from __future__ import annotations

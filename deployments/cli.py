@@ -111,9 +111,9 @@ def _serve(print_config: bool, **flags: Any) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, request_stop)
     try:
-        with served(args):
+        with served(args) as settled:
             ready = True
-            print(_ready_line(args), flush=True)
+            print(ready_line(settled), flush=True)
             stop.wait()
             print("ditserve is stopping", flush=True)
     except KeyboardInterrupt:
@@ -121,8 +121,11 @@ def _serve(print_config: bool, **flags: Any) -> int:
     return 0
 
 
-def _ready_line(args: ServerArgs) -> str:
-    return f"ditserve is ready: http://{args.host}:{args.port}/v1 (API page: /docs)"
+def ready_line(args: ServerArgs) -> str:
+    """Where to reach the server, and what computes there; `args.device` is decided."""
+    kind, transport = ("GPU", "NCCL") if args.device == "cuda" else ("CPU rank", "gloo")
+    ranks = f"1 {kind}" if args.num_gpus == 1 else f"{args.num_gpus} {kind}s over {transport}"
+    return f"ditserve is ready on {ranks}: http://{args.host}:{args.port}/v1 (API page: /docs)"
 
 
 def _generate(output_path: Path, image_path: list[Path], **flags: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
@@ -50,8 +51,10 @@ class StartFailed(Exception):
 
 
 @contextmanager
-def served(args: ServerArgs) -> Iterator[None]:
+def served(args: ServerArgs) -> Iterator[ServerArgs]:
     """Deploy the application of `args` on the cluster at `RAY_ADDRESS`, or on one started here; undo it at the end.
+
+    Gives the arguments with what was decided on that cluster: the device.
 
     Raises:
         StartFailed: the port is taken, or the model cannot be loaded.
@@ -71,10 +74,12 @@ def served(args: ServerArgs) -> Iterator[None]:
         from ray import serve
         from ray._private.node import Node
 
-        from deployments.app import build
+        from deployments.app import build, settle
         from deployments.state import ACTOR_NAME, NAMESPACE, forget_state_actor
 
         joined = bool(os.environ.get("RAY_ADDRESS"))
+        # Serve announces itself in three lines; the command line has one of its own.
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         for process in UNUSED_RAY_PROCESSES:
             setattr(Node, f"start_{process}", _start_nothing)
         local_cluster = {
@@ -112,7 +117,7 @@ def served(args: ServerArgs) -> Iterator[None]:
             raise StartFailed(_reason([str(error), *(deployment.message for deployment in deployments)])) from None
         except APIError as error:
             raise StartFailed(str(error)) from None
-        yield
+        yield settle(args)
 
 
 def _start_nothing(node: object, **settings: object) -> None:

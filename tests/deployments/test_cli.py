@@ -6,13 +6,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from configs.server_args import ServerArgs
-from deployments.cli import main
+from deployments.cli import main, ready_line
 from deployments.cluster import free_ports
 
 DOCUMENTED_COMMAND = (
@@ -105,6 +106,20 @@ def test_a_taken_port_is_reported_before_anything_starts(taken_port: int, capsys
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        ({"device": "cpu", "num_gpus": 4, "ulysses_degree": 2, "ring_degree": 2}, "4 CPU ranks over gloo"),
+        ({"device": "cpu"}, "1 CPU rank"),
+        ({"device": "cuda", "num_gpus": 8}, "8 GPUs over NCCL"),
+        ({"device": "cuda"}, "1 GPU"),
+    ],
+)
+def test_the_ready_line_says_what_computes(flags: dict[str, Any], ranks: str) -> None:
+    line = ready_line(ServerArgs(**flags, port=30010))
+    assert line == f"ditserve is ready on {ranks}: http://127.0.0.1:30010/v1 (API page: /docs)"
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
     command = [sys.executable, "-m", "deployments.cli", "serve", "--port", str(*free_ports(1))]

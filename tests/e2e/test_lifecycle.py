@@ -82,6 +82,12 @@ def test_a_server_that_was_stopped_or_killed_leaves_its_videos_to_the_next(tmp_p
         assert_ends(third, signal.SIGTERM)
 
 
+def test_a_started_server_has_said_one_line(server: Server) -> None:
+    assert server.log.read_text().splitlines() == [
+        f"ditserve is ready on 1 CPU rank: {server.base_url}/v1 (API page: /docs)"
+    ]
+
+
 def test_no_process_of_rays_runs_that_a_server_has_no_use_for(server: Server) -> None:
     commands = [" ".join(process.cmdline()) for process in server.processes()]
     assert any("gcs_server" in command for command in commands)

@@ -72,7 +72,7 @@ class CaptionedBatches:
 
 
 def cached_scenes(recipe: Recipe, bucket: Bucket) -> int:
-    """How many scenes of this bucket are encoded once: the larger they are, and the more frames they have, the fewer."""
+    """How many scenes of this bucket are encoded once: the larger they are and the more frames they have, the fewer."""
     return max(bucket.batch_size, recipe.cached_pixels // (bucket.width * bucket.height * bucket.num_frames))
 
 
