@@ -150,6 +150,20 @@ def test_a_job_that_breaks_its_workers_each_time_fails_alone(gang_of_two: Server
     assert content(gang_of_two, innocent)
 
 
+def test_a_picture_that_loses_its_workers_twice_is_given_up_with_the_reason(gang_of_two: Server) -> None:
+    body = {**SMALL, "num_inference_steps": 1000}
+    with ThreadPoolExecutor(1) as client:
+        answer = client.submit(gang_of_two.http.post, "/v1/images/generations", json=body)
+        time.sleep(1)
+        for _ in range(2):
+            assert not answer.done()
+            assert lose(gang_of_two, "rank")
+            wait_until_healed(gang_of_two)
+        failed = answer.result()
+    assert (failed.status_code, failed.json()["error"]["code"]) == (500, "worker_failed")
+    assert gang_of_two.picture()
+
+
 def wait_until_healed(server: Server) -> None:
     """The ranks are not ready, and then they are."""
     deadline = time.monotonic() + 120
