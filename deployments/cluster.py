@@ -69,6 +69,8 @@ def served(args: ServerArgs) -> Iterator[ServerArgs]:
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Serve's controller looks around 4 times a second, not 10: 0.03 of a core less when idle, and no later start.
+        os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.25")
 
         import ray
         from ray import serve
