@@ -105,7 +105,6 @@ def test_a_taken_port_is_reported_before_anything_starts(taken_port: int, capsys
     assert f"cannot listen on 127.0.0.1:{taken_port}: Address already in use" in capsys.readouterr().err
 
 
-@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("flags", "ranks"),
     [
@@ -120,6 +119,7 @@ def test_the_ready_line_says_what_computes(flags: dict[str, Any], ranks: str) ->
     assert line == f"ditserve is ready on {ranks}: http://127.0.0.1:30010/v1 (API page: /docs)"
 
 
+@pytest.mark.e2e
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
     command = [sys.executable, "-m", "deployments.cli", "serve", "--port", str(*free_ports(1))]

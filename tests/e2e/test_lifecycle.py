@@ -63,9 +63,11 @@ def assert_ends(server: Server, signal_number: int) -> None:
 
 def kill_all(server: Server) -> None:
     processes = server.processes()
+    assert len(processes) > 5
     for process in processes:
         process.kill()
     psutil.wait_procs(processes, timeout=STOP_SECONDS)
+    assert server.processes() == []
 
 
 def test_a_server_that_was_stopped_or_killed_leaves_its_videos_to_the_next(tmp_path: Path) -> None:
