@@ -10,7 +10,6 @@ from unittest import mock
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 
 from configs.parallel import ParallelDims
 from configs.server_args import ServerArgs
@@ -18,14 +17,11 @@ from lora import merge
 from lora.load import load, resolve
 from lora.merge import Merger
 from lora.originals import Checkpoint, HostCopies
-from pipelines.job import Task
 from pipelines.load import Model, load_model
 from pipelines.parallel.mesh import Mesh
 from tests import tiny_models
 from tests.gang import Gang
 from tests.lora.adapters import save, train, with_prefix
-from tests.pipelines.parallel.comparison import Comparison, compare
-from tests.pipelines.parallel.generations import latents
 
 pytestmark = pytest.mark.gang
 
@@ -127,33 +123,3 @@ def test_no_sequence_leaves_a_trace_in_any_weight_of_any_rank(
     for rank_weights, rank_states in gang.run(after_any_sequence, SQUARE, path, dtype, restore, files, seed=1):
         assert rank_weights == expected
         assert rank_states == states
-
-
-def latents_with(mesh: Mesh | None, path: Path, file: Path | None) -> torch.Tensor:
-    model = loaded(path, "fp32", mesh)
-    if file is not None:
-        factors = load(resolve(str(file)), type(model.pipeline), model.transformers)
-        Merger(model.transformers).merge([(factors, 1.0, ("all",))])
-    return latents(model, Task.TEXT_TO_VIDEO)
-
-
-def compare_latents(mesh: Mesh, path: Path, file: Path, fused_path: Path) -> Comparison:
-    return compare(latents_with(mesh, path, file), latents_with(mesh, fused_path, None))
-
-
-def test_what_is_merged_computes_what_pefts_own_fused_model_computes(
-    gang: Gang, tiny_model_path: Callable[[str], Path], tmp_path: Path
-) -> None:
-    family = "wan2.1-t2v"
-    pipeline: DiffusionPipeline = tiny_models.build(family)
-    trained = train(pipeline.transformer, LAYERS["attention"], r=4, lora_alpha=6)
-    trained.peft_model.save_pretrained(tmp_path / "adapter")
-    pipeline.transformer.load_state_dict(trained.fused)
-    pipeline.save_pretrained(tmp_path / "fused")
-
-    path = tiny_model_path(family)
-    alone = latents_with(None, path, tmp_path / "adapter")
-    assert compare(alone, latents_with(None, tmp_path / "fused", None)).error <= 1e-6
-    assert compare(alone, latents_with(None, path, None)).error > 1e-2, "the adapter changes next to nothing"
-    for comparison in gang.run(compare_latents, SQUARE, path, tmp_path / "adapter", tmp_path / "fused"):
-        assert comparison.error <= 1e-6
