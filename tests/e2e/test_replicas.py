@@ -24,7 +24,7 @@ def replicas(tmp_path_factory: pytest.TempPathFactory, adapters: tuple[str, str]
         yield running
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def as_started(replicas: Server, adapters: tuple[str, str]) -> Iterator[None]:
     yield
     replicas.http.post("/v1/unmerge_lora_weights")
@@ -54,6 +54,7 @@ def test_both_make_the_same_pictures(replicas: Server) -> None:
     assert len(set(pictures(replicas))) == 1
 
 
+@pytest.mark.usefixtures("as_started")
 def test_another_adapter_reaches_both(replicas: Server, server: Server, adapters: tuple[str, str]) -> None:
     with_first = replicas.picture(**SEED)
     assert replicas.http.post("/v1/unmerge_lora_weights").status_code == 200

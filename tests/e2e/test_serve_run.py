@@ -7,10 +7,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import httpx2
 import psutil
@@ -24,10 +22,20 @@ from tests.e2e.server import SHORT, Server, running
 CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
 
 
-@contextmanager
-def deployed_server(**engine_options: Any) -> Iterator[Server]:
-    """The file as it is, but for its ports, which other tests may be using, and the Engine's options. It ends with
-    everything it started."""
+AUTOSCALING = {
+    "min_replicas": 1,
+    "max_replicas": 2,
+    "target_ongoing_requests": 2,
+    "look_back_period_s": 2,
+    "upscale_delay_s": 1,
+    "downscale_delay_s": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def deployed() -> Iterator[Server]:
+    """The file as it is, but for its ports, which other tests may be using, and an Engine that follows the queue, in
+    quick steps. It ends with everything it started."""
     # Not pytest's folder: sockets go here, and the path of a socket has at most 107 characters, of HAProxy's 97.
     with tempfile.TemporaryDirectory(prefix="ditserve-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -36,7 +44,7 @@ def deployed_server(**engine_options: Any) -> Iterator[Server]:
         config["http_options"]["port"] = port
         config["controller_options"]["runtime_env"]["env_vars"] = private_proxy_environment(name)
         (engine,) = (each for each in config["applications"][0]["deployments"] if each["name"] == "Engine")
-        engine.update(engine_options)
+        engine.update(num_replicas="auto", autoscaling_config=AUTOSCALING)
         (folder / "serve_config.yaml").write_text(yaml.safe_dump(config))
         command = [str(Path(sys.executable).with_name("serve")), "run", "serve_config.yaml"]
         # Ray looks for a running cluster in its folder for temporary files, and is not to find one.
@@ -48,12 +56,6 @@ def deployed_server(**engine_options: Any) -> Iterator[Server]:
             server.stop()
             psutil.wait_procs(processes, timeout=10)
             assert server.processes() == []
-
-
-@pytest.fixture(scope="module")
-def deployed() -> Iterator[Server]:
-    with deployed_server() as server:
-        yield server
 
 
 def is_ready(server: Server) -> bool:
@@ -80,28 +82,19 @@ def test_it_keeps_its_state_where_it_was_started(deployed: Server) -> None:
     assert (deployed.log.parent / "outputs" / "jobs.sqlite3").is_file()
 
 
-def test_serve_adds_engine_replicas_as_the_queue_demands_and_takes_them_away() -> None:
-    autoscaling = {
-        "min_replicas": 1,
-        "max_replicas": 2,
-        "target_ongoing_requests": 2,
-        "look_back_period_s": 2,
-        "upscale_delay_s": 1,
-        "downscale_delay_s": 2,
-    }
-    with deployed_server(num_replicas="auto", autoscaling_config=autoscaling) as server:
-        expected = server.picture(seed=3)
-        assert len(engines(server)) == 1
-        enough = Event()
-        with ThreadPoolExecutor(8) as clients:
-            asking = [clients.submit(keep_asking, server, enough) for _ in range(8)]
-            try:
-                wait_until(lambda: len(server.http.get("/v1/list_loras").json()["replicas"]) == 2)
-            finally:
-                enough.set()
-            assert set().union(*(client.result() for client in asking)) == {expected}
-        wait_until(lambda: len(engines(server)) == 1)
-        assert server.picture(seed=3) == expected
+def test_serve_adds_engine_replicas_as_the_queue_demands_and_takes_them_away(deployed: Server) -> None:
+    expected = deployed.picture(seed=3)
+    assert len(engines(deployed)) == 1
+    enough = Event()
+    with ThreadPoolExecutor(8) as clients:
+        asking = [clients.submit(keep_asking, deployed, enough) for _ in range(8)]
+        try:
+            wait_until(lambda: len(deployed.http.get("/v1/list_loras").json()["replicas"]) == 2)
+        finally:
+            enough.set()
+        assert set().union(*(client.result() for client in asking)) == {expected}
+    wait_until(lambda: len(engines(deployed)) == 1)
+    assert deployed.picture(seed=3) == expected
 
 
 def keep_asking(server: Server, enough: Event) -> set[bytes]:
