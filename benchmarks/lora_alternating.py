@@ -96,7 +96,7 @@ def rank_seconds(server: Server) -> float:
 
 def save_model(directory: Path) -> WanTransformer3DModel:
     """The bundled pipeline with a transformer of 8 of Wan 2.1 1.3B's 30 layers. Gives that transformer."""
-    pipeline = DiffusionPipeline.from_pretrained(model_directory())
+    pipeline = DiffusionPipeline.from_pretrained(model_directory(), dtype=torch.float32)
     widths = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 8}
     torch.manual_seed(0)
     transformer = WanTransformer3DModel.from_config({**pipeline.transformer.config, **widths})

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     arguments = parser.parse_args()
     width, height = map(int, arguments.size.split("x"))
-    pipeline = DiffusionPipeline.from_pretrained(model_directory())
+    pipeline = DiffusionPipeline.from_pretrained(model_directory(), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
 
     def bare() -> None:

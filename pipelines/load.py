@@ -251,12 +251,18 @@ def compile_blocks(transformer: ModelMixin, *, fullgraph: bool) -> None:
 
 
 def view_of(pipeline: DiffusionPipeline, view_class: type[DiffusionPipeline]) -> DiffusionPipeline:
-    """Another pipeline over the same modules, of any class that has a use for them, with a fresh scheduler."""
+    """Another pipeline over the same modules, of any class that has a use for them, with a fresh scheduler.
+
+    Both compress alike: `WanVideoToVideoPipeline` counts the VAE's stages, and overlooks that Wan 2.2's cut patches too.
+    """
     module_names, option_names = view_class._get_signature_keys(view_class)
     arguments = {name: getattr(pipeline, name, None) for name in module_names}
     arguments |= {name: pipeline.config[name] for name in option_names if name in pipeline.config}
     arguments["scheduler"] = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    return view_class(**arguments)
+    view = view_class(**arguments)
+    if hasattr(view, "vae_scale_factor_spatial"):
+        view.vae_scale_factor_spatial = pipeline.vae_scale_factor_spatial
+    return view
 
 
 def first_line(error: BaseException) -> str:

@@ -25,6 +25,8 @@ def sibling(pipeline: DiffusionPipeline, class_name: str) -> DiffusionPipeline:
     wanted = set(inspect.signature(pipeline_class.__init__).parameters) & set(available)
     other = pipeline_class(**{name: available[name] for name in wanted})
     other.set_progress_bar_config(disable=True)
+    if hasattr(pipeline, "vae_scale_factor_spatial"):
+        other.vae_scale_factor_spatial = pipeline.vae_scale_factor_spatial  # the editing pipeline of Wan guesses it
     return other
 
 

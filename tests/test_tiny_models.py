@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -105,3 +107,20 @@ def test_the_weights_are_the_same_every_time_and_on_disk(load, name: str) -> Non
             state = getattr(loaded, component).state_dict()
             for key, tensor in module.state_dict().items():
                 torch.testing.assert_close(state[key], tensor, rtol=0, atol=0)
+
+
+def fill(directory: Path) -> None:
+    (directory / "first").write_text("a")
+    (directory / "second").write_text("b")
+
+
+def make(directory: Path) -> list[str]:
+    return sorted(file.name for file in tiny_models.make_directory_once(directory, fill).iterdir())
+
+
+def test_processes_that_race_to_save_one_all_get_it_whole(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(4, mp_context=get_context("fork")) as pool:
+        for attempt in range(50):
+            made = list(pool.map(make, [tmp_path / str(attempt)] * 4))
+            assert made == [["first", "second"]] * 4
+    assert sorted(int(entry.name) for entry in tmp_path.iterdir()) == list(range(50)), "private directories stay behind"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.documentation import LANGUAGES, sections
+from tests.documentation import LANGUAGES, REPOSITORY, sections
 from tests.e2e.server import Server
 
 EXAMPLES = [
@@ -32,7 +32,8 @@ EXAMPLE_SECONDS = 300.0
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where the examples run, with the picture that they send."""
+    """Where the examples run, with the picture that they send; README's reader stands in the repository."""
+    (tmp_path / "docs").symlink_to(REPOSITORY / "docs")
     Image.radial_gradient("L").convert("RGB").save(tmp_path / "input.png")
     return tmp_path
 

@@ -151,7 +151,11 @@ def test_a_restore_from_the_checkpoint_holds_no_memory(four_ranks: Server) -> No
 # Wrong.
 
 
-def of(width: int = 96, **layers: str) -> State:
+SHAPE = WanTransformer3DModel.load_config(model_directory() / "transformer")
+WIDTH = SHAPE["num_attention_heads"] * SHAPE["attention_head_dim"]
+
+
+def of(width: int = WIDTH, **layers: str) -> State:
     """A LoRA of ones for layers by any name."""
     return {
         f"{layer}.lora_{half}.weight": torch.ones(shape)
@@ -163,13 +167,13 @@ def of(width: int = 96, **layers: str) -> State:
 GOOD = "transformer.blocks.0.attn1.to_q"
 
 MADE: dict[str, State] = {
-    "not a LoRA": {"transformer.blocks.0.attn1.to_q.weight": torch.ones(96, 96)},
+    "not a LoRA": {"transformer.blocks.0.attn1.to_q.weight": torch.ones(WIDTH, WIDTH)},
     "another architecture": of(layer="transformer.single_transformer_blocks.0.attn.to_q"),
-    "another width": of(192, layer=GOOD),
-    "deeper": of(layer=GOOD, deep="transformer.blocks.7.attn1.to_q"),
+    "another width": of(2 * WIDTH, layer=GOOD),
+    "deeper": of(layer=GOOD, deep="transformer.blocks.70.attn1.to_q"),
     "partly matching": of(layer=GOOD, unheard="transformer.unheard.of"),
     "matching nowhere": of(unheard="transformer.unheard.of"),
-    "half a pair": {f"{GOOD}.lora_A.weight": torch.ones(2, 96)},
+    "half a pair": {f"{GOOD}.lora_A.weight": torch.ones(2, WIDTH)},
     "NaN": {name: tensor * float("nan") for name, tensor in of(layer=GOOD).items()},
 }
 
@@ -181,8 +185,9 @@ REASONS = {
     "an empty folder": "has no safetensors file",
     "not a LoRA": "is not a LoRA",
     "another architecture": "is for another model: no layer matches this one (single_transformer_blocks.0",
-    "another width": "is for a model of another width: blocks.0.attn1.to_q.weight is 96x96 here, 192x192 in the LoRA",
-    "deeper": "is for a deeper model: 2 of 4 keys name blocks that this one has not (blocks.7.attn1.to_q",
+    "another width": "is for a model of another width: blocks.0.attn1.to_q.weight is "
+    f"{WIDTH}x{WIDTH} here, {2 * WIDTH}x{2 * WIDTH} in the LoRA",
+    "deeper": "is for a deeper model: 2 of 4 keys name blocks that this one has not (blocks.70.attn1.to_q",
     "partly matching": "matches only in part: 2 of 4 keys match no layer (unheard.of.lora_A.weight",
     "matching nowhere": "no layer matches this one (unheard.of.lora_A.weight",
     "half a pair": "is incomplete: blocks.0.attn1.to_q has only lora_A",

@@ -1,79 +1,96 @@
-"""The bundled model: built once, whole, by whoever comes first; then only read."""
+"""The bundled model: small, whole, served as any other model of its family, and it draws what it is asked for."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from diffusers import WanPipeline
 
 from configs.model_family import family_in
-from pipelines.bundled import make_directory_once, model_directory
-from pipelines.job import Task
+from configs.server_args import ServerArgs
+from deployments.generate import load
+from pipelines.bundled import model_directory
+from pipelines.bundled.scenes.backgrounds import COLOURS
+from pipelines.generation import generate as run
+from pipelines.job import Job, Result, Task
+from tests.e2e.pictures import pixels
+from tests.tasks import SIZE, generate
+
+SEPIA = Path(model_directory().parent, "lora", "sepia.safetensors")
+
+LARGEST = 40e6
+"""Bytes of all weights: the model travels with the package."""
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "ditserve"
+def test_it_is_small_and_without_pickles() -> None:
+    files = [file for file in model_directory().rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} <= {".safetensors", ".json", ".yaml"}
+    assert sum(file.stat().st_size for file in files) < LARGEST
 
 
-def fill(directory: Path) -> None:
-    (directory / "first").write_text("a")
-    (directory / "second").write_text("b")
-
-
-def make(directory: Path) -> list[str]:
-    return sorted(file.name for file in make_directory_once(directory, fill).iterdir())
-
-
-def test_processes_that_race_all_get_one_whole_directory(tmp_path: Path) -> None:
-    with ProcessPoolExecutor(4, mp_context=get_context("fork")) as pool:
-        for attempt in range(50):
-            made = list(pool.map(make, [tmp_path / str(attempt)] * 4))
-            assert made == [["first", "second"]] * 4
-    assert sorted(int(entry.name) for entry in tmp_path.iterdir()) == list(range(50)), "private directories stay behind"
-
-
-def test_a_build_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    def fail(directory: Path) -> None:
-        fill(directory)
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        make_directory_once(tmp_path / "model", fail)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_it_is_built_on_first_use_and_only_read_after(cache: Path) -> None:
-    directory = model_directory()
-    assert directory.parent == cache
-    built = {file: file.stat().st_mtime_ns for file in directory.rglob("*")}
-    assert model_directory() == directory
-    assert {file: file.stat().st_mtime_ns for file in directory.rglob("*")} == built
-
+def test_it_is_found_without_torch() -> None:
     code = "import sys; from pipelines.bundled import model_directory; print(model_directory(), 'torch' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.split() == [str(directory), "False"]
+    assert output.split() == [str(model_directory()), "False"]
 
 
-def test_it_makes_pictures_and_clips_edits_and_animates_at_small_sizes(cache: Path) -> None:
-    from diffusers import WanPipeline
-
-    from tests.tasks import SIZE, generate
-
-    directory = model_directory()
-    family = family_in(directory)
+def test_it_makes_pictures_and_clips_edits_and_animates_at_small_sizes() -> None:
+    family = family_in(model_directory())
     assert family is not None
     assert family.name == "wan2.2-ti2v"
-    assert family.defaults_for("text_to_image").width == family.defaults_for("text_to_video").width == 256
+    assert family.defaults_for("text_to_image").width == family.defaults_for("text_to_video").width
     assert set(family.tasks) == {*Task} - {Task.INPAINT}
 
-    pipeline = WanPipeline.from_pretrained(directory)
+    pipeline = WanPipeline.from_pretrained(model_directory(), dtype=torch.float32)
     for task in map(Task, family.tasks):
         frames = generate(pipeline, family, task)
         assert frames.shape[1:] == (SIZE, SIZE, 3)
         assert frames.std() > 0.05
+
+
+def draw(prompt: str, args: ServerArgs) -> np.ndarray:
+    """With the model's own defaults."""
+    model = load(args)
+    defaults = model.card.family.defaults_for(Task.TEXT_TO_IMAGE).model_dump()
+    *_, result = run(model, Job(id="picture", task=Task.TEXT_TO_IMAGE, prompt=prompt, seeds=(1,), **defaults), {})
+    assert isinstance(result, Result)
+    return pixels(result.outputs[0].data)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "background", "foreground"),
+    [
+        ("a red apple on a blue background", "blue", "red"),
+        ("A big tree on a pink background", "pink", "green"),
+        ("a photo of a cute banana on a black background", "black", "yellow"),
+    ],
+)
+def test_it_draws_what_it_is_asked_for(prompt: str, background: str, foreground: str) -> None:
+    picture = draw(prompt, ServerArgs(device="cpu", dtype="fp32"))
+    assert nearest_colour(picture[:8].reshape(-1, 3)) == background
+    height, width, _ = picture.shape
+    middle = picture[height * 3 // 8 : height * 5 // 8, width * 3 // 8 : width * 5 // 8].reshape(-1, 3)
+    subject = middle[np.abs(middle - COLOURS[background]).sum(1) > 60]
+    assert len(subject) > len(middle) / 4
+    assert nearest_colour(subject) in (foreground, "orange")
+
+
+def nearest_colour(colours: np.ndarray) -> str:
+    """The plain colour that is nearest to the median of `(N, 3)`."""
+    median = np.median(colours, axis=0)
+    return min(COLOURS, key=lambda name: float(np.square(median - COLOURS[name]).sum()))
+
+
+def test_the_adapter_beside_it_makes_it_draw_in_sepia() -> None:
+    assert SEPIA.stat().st_size < 2e6
+    prompt = "a fish on a blue background"
+    plain = draw(prompt, ServerArgs(device="cpu", dtype="fp32"))
+    sepia = draw(prompt, ServerArgs(device="cpu", dtype="fp32", lora_path=str(SEPIA)))
+    (red, _, blue), (sepia_red, _, sepia_blue) = plain.mean((0, 1)), sepia.mean((0, 1))
+    assert blue > red + 50
+    assert sepia_red > sepia_blue

@@ -51,11 +51,10 @@ def test_the_weights_are_those_on_disk(tiny_model_path: SavedModel) -> None:
         assert torch.equal(tensor, built[name]), name
 
 
-def test_without_a_path_the_bundled_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_without_a_path_the_bundled_model_is_loaded() -> None:
     model = load_model(ServerArgs(device="cpu"))
     assert Task.TEXT_TO_IMAGE in model.pipeline_classes
-    assert model.card.family.defaults.num_inference_steps == 10, "its own ditserve.yaml says so"
+    assert model.card.family.defaults.num_inference_steps == 12, "its own ditserve.yaml says so"
 
 
 def test_a_model_of_no_known_family_is_described_by_its_pipelines(tiny_model_path: SavedModel) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,9 +20,8 @@ from diffusers.pipelines.qwenimage import (
     pipeline_qwenimage_edit_plus,
 )
 
-from pipelines.bundled import make_directory_once
-from pipelines.bundled.builder import randomize, sharpen_posterior
 from tests.tiny_models import images, wan
+from tests.tiny_models.weights import randomize, sharpen_posterior
 
 BUILDERS: Mapping[str, Callable[[], DiffusionPipeline]] = {
     "wan2.1-t2v": wan.text_to_video_21,
@@ -71,6 +71,26 @@ def save(family_name: str, directory: Path | str) -> Path:
     return make_directory_once(
         Path(directory, family_name), lambda private: build(family_name).save_pretrained(private)
     )
+
+
+def make_directory_once(directory: Path, fill: Callable[[Path], None]) -> Path:
+    """Make `directory` whole or not at all: `fill` writes a private one, which a single rename puts in place.
+
+    Of several processes that race, one wins; its directory is what all of them return.
+    """
+    if directory.exists():
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as private:
+        filled = Path(private, directory.name)
+        filled.mkdir()
+        fill(filled)
+        try:
+            filled.rename(directory)
+        except OSError:  # a directory cannot replace one that is not empty: another process was first
+            if not directory.exists():
+                raise
+    return directory
 
 
 @contextmanager

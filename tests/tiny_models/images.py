@@ -26,7 +26,6 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 
-from pipelines.bundled.builder import byte_tokenizer
 from tests.tiny_models import text
 
 BLOCKS = 4
@@ -65,7 +64,7 @@ def flux1_components(guidance_embeds: bool = True) -> dict[str, object]:
         "text_encoder": text.clip_text_encoder(),
         "tokenizer": text.clip_tokenizer(),
         "text_encoder_2": text.t5_encoder(),
-        "tokenizer_2": byte_tokenizer(),
+        "tokenizer_2": text.byte_tokenizer(),
         "transformer": FluxTransformer2DModel(
             num_layers=2,
             num_single_layers=2,
@@ -188,7 +187,7 @@ def sd3() -> StableDiffusion3Pipeline:
         text_encoder_2=text.clip_text_encoder_with_projection(16),
         tokenizer_2=text.clip_tokenizer(),
         text_encoder_3=text.t5_encoder(),
-        tokenizer_3=byte_tokenizer(),
+        tokenizer_3=text.byte_tokenizer(),
         transformer=SD3Transformer2DModel(
             num_layers=3,
             attention_head_dim=16,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextConfig,
@@ -27,8 +30,6 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from pipelines.bundled.builder import byte_tokenizer
-
 DIM = 32
 """Width of every encoder."""
 PAD, END = 0, 1
@@ -43,6 +44,29 @@ USER_ONLY = (
     "{% for message in messages if message.role == 'user' %}{% for part in message.content %}"
     "{{ part.text }}{% endfor %}{% endfor %}"
 )
+
+
+def byte_tokenizer(special_tokens: tuple[str, ...] = (), **kwargs: Any) -> PreTrainedTokenizerFast:
+    """One token a byte, so that every UTF-8 prompt has tokens of its own; then `</s>`.
+
+    Its vocabulary is `<pad>`, `</s>`, `<unk>`, the 256 bytes, and `special_tokens`; `kwargs` go to the tokenizer.
+    """
+    basic = ["<pad>", "</s>", "<unk>"]
+    vocabulary = {token: index for index, token in enumerate([*basic, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([*basic, *special_tokens])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        **{"model_max_length": 512, **kwargs},
+    )
 
 
 def chat_tokenizer() -> PreTrainedTokenizerFast:

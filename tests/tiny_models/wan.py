@@ -10,7 +10,6 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
-from pipelines.bundled.builder import byte_tokenizer
 from tests.tiny_models import text
 
 
@@ -57,7 +56,7 @@ def high_compression_vae() -> AutoencoderKLWan:
 
 def text_to_video_21() -> WanPipeline:
     return WanPipeline(
-        tokenizer=byte_tokenizer(),
+        tokenizer=text.byte_tokenizer(),
         text_encoder=text.umt5_encoder(),
         transformer=transformer(),
         vae=vae(),
@@ -69,7 +68,7 @@ def image_to_video_21() -> WanImageToVideoPipeline:
     """36 input channels: 16 of noise, 4 of mask, 16 of the encoded first frame. CLIP's view of it goes to attention."""
     image_encoder, image_processor = text.clip_vision()
     return WanImageToVideoPipeline(
-        tokenizer=byte_tokenizer(),
+        tokenizer=text.byte_tokenizer(),
         text_encoder=text.umt5_encoder(),
         image_encoder=image_encoder,
         image_processor=image_processor,
@@ -82,7 +81,7 @@ def image_to_video_21() -> WanImageToVideoPipeline:
 def text_to_video_22() -> WanPipeline:
     """Two experts: one for high noise, one for low."""
     return WanPipeline(
-        tokenizer=byte_tokenizer(),
+        tokenizer=text.byte_tokenizer(),
         text_encoder=text.umt5_encoder(),
         transformer=transformer(),
         transformer_2=transformer(),
@@ -95,7 +94,7 @@ def text_to_video_22() -> WanPipeline:
 def image_to_video_22() -> WanImageToVideoPipeline:
     """Two experts, and no image encoder: the first frame comes through the channels alone."""
     return WanImageToVideoPipeline(
-        tokenizer=byte_tokenizer(),
+        tokenizer=text.byte_tokenizer(),
         text_encoder=text.umt5_encoder(),
         transformer=transformer(in_channels=36),
         transformer_2=transformer(in_channels=36),
@@ -108,7 +107,7 @@ def image_to_video_22() -> WanImageToVideoPipeline:
 def text_image_to_video_22() -> WanPipeline:
     """One transformer whose tokens have timesteps of their own, so that a given first frame can be noiseless."""
     return WanPipeline(
-        tokenizer=byte_tokenizer(),
+        tokenizer=text.byte_tokenizer(),
         text_encoder=text.umt5_encoder(),
         transformer=transformer(in_channels=48, out_channels=48),
         vae=high_compression_vae(),

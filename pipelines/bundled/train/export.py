@@ -52,6 +52,7 @@ def export_model(
     """The whole pipeline in bfloat16, with the averaged weights of the transformer's checkpoint."""
     model = TextToLatents(build_text_encoder(recipe.shape, len(tokenizer)), build_transformer(recipe.shape))
     load_average(model, checkpoint)
+    vae.register_to_config(_name_or_path="")  # not the folder of whoever trained it
     pipeline = WanPipeline(
         tokenizer=tokenizer,
         text_encoder=model.text_encoder.bfloat16(),
@@ -69,10 +70,11 @@ def export_model(
 
 
 def family_overrides(recipe: Recipe) -> dict[str, object]:
-    """What this model overrides of its family: as the bundled model's `ditserve.yaml`, with the recipe's defaults."""
-    overrides = yaml.safe_load(resources.files("pipelines.bundled").joinpath("ditserve.yaml").read_text())
+    """What this model overrides of its family: what `train/ditserve.yaml` says, with the recipe's defaults."""
+    overrides = yaml.safe_load(resources.files("pipelines.bundled.train").joinpath("ditserve.yaml").read_text())
     # Guidance leads away from the empty caption, which is what training drops captions for.
     overrides["defaults"] |= {"negative_prompt": "", **recipe.defaults}
     size = {name: recipe.defaults[name] for name in ("width", "height")}
-    overrides["task_defaults"]["text_to_image"] |= size
+    for of_task in overrides["task_defaults"].values():
+        of_task |= size
     return overrides

@@ -121,7 +121,7 @@ CPU = Recipe(
         ema_decay=0.99,
     ),
     dit=StageRecipe(
-        steps=4400,
+        steps=4000,
         phases=(
             Phase(0.5, (Bucket(96, 96, 1, 96),)),
             Phase(0.75, (_CPU_STILL,)),
@@ -141,10 +141,10 @@ CPU = Recipe(
         ema_decay=0.998,
     ),
     lora=StageRecipe(
-        steps=300, phases=(Phase(1.0, (Bucket(128, 128, 1, 16),)),), matrix_learning_rate=2e-3, learning_rate=2e-3
+        steps=500, phases=(Phase(1.0, (Bucket(128, 128, 1, 16),)),), matrix_learning_rate=1e-3, learning_rate=1e-3
     ),
     cached_pixels=3 * 2**26,
-    defaults={"width": 128, "height": 128, "num_frames": 9, "num_inference_steps": 20, "guidance_scale": 3.0},
+    defaults={"width": 128, "height": 128, "num_frames": 9, "num_inference_steps": 12, "guidance_scale": 3.0},
 )
 
 _GPU_STILLS = (

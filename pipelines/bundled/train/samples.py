@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="directory in the diffusers layout")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lora", type=Path, help="file of an adapter")

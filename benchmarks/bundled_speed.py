@@ -1,0 +1,95 @@
+"""What a picture and a clip of the bundled model take, with the server's defaults, from request to file.
+
+    python -m benchmarks.bundled_speed [--requests 3]
+
+Baseline in the same run: the same pipeline called in this process, in turn with the server, on as many threads. The
+seconds asked for are for two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanPipeline
+
+from configs.model_family import family_in
+from pipelines.bundled import model_directory
+from tests.e2e.server import running_server
+
+PROMPT = "A calico cat playing a piano on stage"
+
+
+@dataclass(frozen=True)
+class Case:
+    width: int
+    height: int
+    num_frames: int
+    asked_for: float
+    """Seconds."""
+
+    @property
+    def size(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+CASES = (Case(256, 256, 1, 3), Case(1024, 1024, 1, 30), Case(512, 288, 33, 60))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=3)
+    arguments = parser.parse_args()
+    family = family_in(model_directory())
+    assert family is not None
+    torch.set_num_threads(os.cpu_count() or 1)
+    pipeline = WanPipeline.from_pretrained(model_directory(), dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    print(f"{'seconds':22}{'served':>10}{'bare':>10}{'asked for':>12}")
+    with tempfile.TemporaryDirectory() as folder, running_server(Path(folder)) as server:
+        for case in CASES:
+            fields: Mapping[str, Any] = {
+                "prompt": PROMPT,
+                "seed": 7,
+                "size": case.size,
+                "num_inference_steps": family.defaults.num_inference_steps,
+            }
+
+            def served(case: Case = case, fields: Mapping[str, Any] = fields) -> None:
+                if case.num_frames == 1:
+                    server.picture(**fields)
+                else:
+                    server.clip(**fields, num_frames=case.num_frames)
+
+            def bare(case: Case = case) -> None:
+                pipeline(
+                    PROMPT,
+                    width=case.width,
+                    height=case.height,
+                    num_frames=case.num_frames,
+                    num_inference_steps=family.defaults.num_inference_steps,
+                    guidance_scale=family.defaults.guidance_scale,
+                )
+
+            times = [(seconds(served), seconds(bare)) for _ in range(arguments.requests)]
+            with_server, without = map(statistics.median, zip(*times, strict=True))
+            name = case.size if case.num_frames == 1 else f"{case.size}, {case.num_frames} frames"
+            print(f"{name:22}{with_server:10.2f}{without:10.2f}{case.asked_for:12.0f}", flush=True)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
