@@ -253,7 +253,7 @@ def compile_blocks(transformer: ModelMixin, *, fullgraph: bool) -> None:
 def view_of(pipeline: DiffusionPipeline, view_class: type[DiffusionPipeline]) -> DiffusionPipeline:
     """Another pipeline over the same modules, of any class that has a use for them, with a fresh scheduler.
 
-    Both compress alike: `WanVideoToVideoPipeline` counts the VAE's stages, and overlooks that Wan 2.2's cut patches too.
+    Both compress alike: `WanVideoToVideoPipeline` counts the VAE's stages and overlooks the patches of Wan 2.2's.
     """
     module_names, option_names = view_class._get_signature_keys(view_class)
     arguments = {name: getattr(pipeline, name, None) for name in module_names}
