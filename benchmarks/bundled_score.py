@@ -176,7 +176,12 @@ def crop(frame: npt.NDArray[np.uint8], x: float, y: float, side: float) -> npt.N
 
 def border_colour(frame: npt.NDArray[np.uint8]) -> str:
     """The plain colour that is nearest to the median of the picture's outermost twentieth."""
-    median = np.median(border(frame), axis=0)
+    return nearest_colour(border(frame))
+
+
+def nearest_colour(colours: npt.NDArray[np.integer]) -> str:
+    """The plain colour that is nearest to the median of `(N, 3)`."""
+    median = np.median(colours, axis=0)
     return min(COLOURS, key=lambda name: float(np.square(median - COLOURS[name]).sum()))
 
 

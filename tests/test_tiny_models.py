@@ -124,3 +124,13 @@ def test_processes_that_race_to_save_one_all_get_it_whole(tmp_path: Path) -> Non
             made = list(pool.map(make, [tmp_path / str(attempt)] * 4))
             assert made == [["first", "second"]] * 4
     assert sorted(int(entry.name) for entry in tmp_path.iterdir()) == list(range(50)), "private directories stay behind"
+
+
+def test_one_that_cannot_be_saved_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fail(directory: Path) -> None:
+        fill(directory)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        tiny_models.make_directory_once(tmp_path / "model", fail)
+    assert list(tmp_path.iterdir()) == []

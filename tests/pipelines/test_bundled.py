@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
+from benchmarks.bundled_score import nearest_colour
 from configs.model_family import family_in
 from configs.server_args import ServerArgs
 from deployments.generate import load
@@ -78,12 +79,6 @@ def test_it_draws_what_it_is_asked_for(prompt: str, background: str, foreground:
     subject = middle[np.abs(middle - COLOURS[background]).sum(1) > 60]
     assert len(subject) > len(middle) / 4
     assert nearest_colour(subject) in (foreground, "orange")
-
-
-def nearest_colour(colours: np.ndarray) -> str:
-    """The plain colour that is nearest to the median of `(N, 3)`."""
-    median = np.median(colours, axis=0)
-    return min(COLOURS, key=lambda name: float(np.square(median - COLOURS[name]).sum()))
 
 
 def test_the_adapter_beside_it_makes_it_draw_in_sepia() -> None:
