@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.timing import seconds
 from tests.e2e.server import Server, running_server
 
 VIDEO = {"size": "256x256", "num_frames": 17, "num_inference_steps": 60, "seed": 1}
@@ -53,12 +53,6 @@ def main() -> None:
 
 def median(repeats: int, measure: Callable[[], float]) -> float:
     return statistics.median(measure() for _ in range(repeats))
-
-
-def seconds(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
 
 
 def seconds_per_step(server: Server) -> float:

@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from openai import OpenAI
 
+from benchmarks.timing import seconds
 from pipelines.bundled import model_directory
 from tests.e2e.server import running_server
 
@@ -63,18 +62,12 @@ def main() -> None:
         for call in (bare, served):
             for _ in range(3):
                 call()
-        pairs = [(seconds_of(bare), seconds_of(served)) for _ in range(arguments.requests)]
+        pairs = [(seconds(bare), seconds(served)) for _ in range(arguments.requests)]
     bare_p50, served_p50 = (1e3 * statistics.median(column) for column in zip(*pairs, strict=True))
     print(
         f"{arguments.size}, {arguments.steps} steps, {arguments.requests} requests: bare p50 {bare_p50:.1f} ms, "
         f"served p50 {served_p50:.1f} ms, overhead {served_p50 - bare_p50:.1f} ms (ratio {served_p50 / bare_p50:.2f})"
     )
-
-
-def seconds_of(call: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":
