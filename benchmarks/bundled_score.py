@@ -31,7 +31,7 @@ from pipelines.bundled.scenes.backgrounds import COLOURS
 from pipelines.bundled.scenes.captions import Wording
 from pipelines.bundled.scenes.nouns import Noun, first_nouns, is_held_out
 from pipelines.bundled.scenes.render import render
-from pipelines.bundled.scenes.scene import Motion, Relation, Scene, Subject, sample_scene
+from pipelines.bundled.scenes.scene import DIRECTIONS, Motion, Relation, Scene, Subject, sample_scene
 from pipelines.bundled.train.vae import pixels_of, stack
 
 Frames = npt.NDArray[np.uint8]
@@ -41,7 +41,6 @@ CROP = 64
 """Side of what the classifier sees, in pixels."""
 
 WORDING = Wording(adjectives=0, made_up_words=0, unsaid_backgrounds=0)
-DIRECTIONS: tuple[Motion, ...] = ("moves left", "moves right", "moves up", "moves down")
 PLACED: tuple[Relation, ...] = ("left of", "right of", "above", "below")
 TARGETS = {"one object named": 0.70, "both objects found": 0.50, "background colour": 0.90, "direction of motion": 0.80}
 

@@ -16,6 +16,7 @@ Size = Literal["small", "normal", "big"]
 
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 MOTIONS: tuple[Motion, ...] = get_args(Motion)
+DIRECTIONS: tuple[Motion, ...] = ("moves left", "moves right", "moves up", "moves down")
 
 _SCALES: dict[Size, float] = {"small": 0.7, "normal": 1.0, "big": 1.3}
 
@@ -91,13 +92,15 @@ class Scene:
         )
 
 
-def sample_scene(random: Random, nouns: Sequence[Noun], *, clip: bool = False) -> Scene:
-    """A scene as training sees it: no two nouns, and no noun and background, that are held out. Only clips move."""
+def sample_scene(random: Random, nouns: Sequence[Noun], *, clip: bool = False, moving_share: float = 0.0) -> Scene:
+    """A scene as training sees it: no two nouns, and no noun and background, that are held out. Only clips move, and
+    `moving_share` of them are drawn among those of one subject that moves left, right, up or down."""
     seed = random.getrandbits(32)
-    if random.random() < 0.45:
+    moving = clip and random.random() < moving_share
+    if moving or random.random() < 0.45:
         count = random.choice((2, 2, 3, 3, 4)) if random.random() < 0.15 else 1
         subjects: tuple[Subject, ...] = (Subject(random.choice(nouns), _size(random), count),)
-        relation, motions = None, MOTIONS
+        relation, motions = None, DIRECTIONS if moving else MOTIONS
     else:
         first, second = random.sample(nouns, 2)
         while is_held_out(first.name, second.name):

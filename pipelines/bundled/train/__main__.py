@@ -7,6 +7,7 @@
 
 Stages, all of them in this order without --stage:
   vae     the autoencoder, to OUTPUT/vae
+  motion  the same, on more clips; the latents of stills stay what they are
   dit     the text encoder and the transformer on its latents
   export  the model in the diffusers layout, to OUTPUT/model
   lora    an adapter to that model, to OUTPUT/lora
@@ -15,6 +16,7 @@ Stages, all of them in this order without --stage:
 from __future__ import annotations
 
 import argparse
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,15 +25,17 @@ from diffusers import AutoencoderKLWan, WanPipeline
 from transformers import PreTrainedTokenizerFast
 
 from pipelines.bundled.scenes.styles import STYLES
+from pipelines.bundled.train.captioned import latents_of
 from pipelines.bundled.train.dit import DiTStage
 from pipelines.bundled.train.export import export_model, export_vae
 from pipelines.bundled.train.loop import Limits, train
 from pipelines.bundled.train.lora import LoRAStage
 from pipelines.bundled.train.recipe import PRESETS, Recipe
 from pipelines.bundled.train.tokenizer import build_tokenizer
-from pipelines.bundled.train.vae import VAEStage
+from pipelines.bundled.train.vae import MotionStage, VAEStage
 
-STAGES = ("vae", "dit", "export", "lora")
+STAGES = ("vae", "motion", "dit", "export", "lora")
+TRAINED = ("vae", "motion", "dit", "lora")
 
 
 def main(command_line: list[str] | None = None) -> None:
@@ -44,13 +48,18 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in OUTPUT")
     parser.add_argument("--minutes", type=float, help="pause after this long, before the next stage too")
     parser.add_argument("--steps", type=int, help="of the stage, in place of the recipe's; needs --stage")
+    parser.add_argument("--initial", type=Path, help="directory of a model to train further")
+    parser.add_argument("--first-step", type=int, default=0, help="of the recipe, where --initial goes on")
+    parser.add_argument("--compile", action="store_true", help="compile the transformer: half a minute for each shape")
     parser.add_argument("--nouns", type=int, help="in place of the recipe's")
     parser.add_argument("--style", choices=STYLES, default="sepia", help="of the adapter")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes; 0 draws between steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(command_line)
-    if arguments.steps is not None and arguments.stage not in ("vae", "dit", "lora"):
-        parser.error("--steps needs --stage vae, dit or lora")
+    if arguments.steps is not None and arguments.stage not in TRAINED:
+        parser.error(f"--steps needs --stage {', '.join(TRAINED[:-1])} or {TRAINED[-1]}")
+    if arguments.first_step and (arguments.initial is None or arguments.stage != "dit"):
+        parser.error("--first-step needs --initial and --stage dit")
     recipe = PRESETS[arguments.preset]
     if arguments.nouns is not None:
         recipe = replace(recipe, nouns=arguments.nouns)
@@ -60,10 +69,12 @@ def main(command_line: list[str] | None = None) -> None:
         recipe,
         STAGES if arguments.stage is None else (arguments.stage,),
         arguments.output,
-        Limits(arguments.minutes, workers=arguments.workers),
+        Limits(arguments.minutes, workers=arguments.workers, first_step=arguments.first_step),
         resume=arguments.resume,
         style=arguments.style,
         device=torch.device(arguments.device),
+        initial=arguments.initial,
+        compile_blocks=arguments.compile,
     )
 
 
@@ -76,23 +87,40 @@ def run(
     resume: bool,
     style: str,
     device: torch.device,
+    initial: Path | None = None,
+    compile_blocks: bool = False,
 ) -> None:
     """Run these stages in order. A stage that pauses before its last step ends the run, unless it was asked for alone:
-    what follows would build on what is not done.
+    what follows would build on what is not done. A run that trains the model `initial` further has its autoencoder and
+    its tokenizer from the beginning.
 
     Raises:
         FileExistsError: a stage has a checkpoint, and `resume` is not asked for.
         OSError: a stage needs what an earlier one has not made yet.
     """
+    if initial is not None and not (output / "vae").exists():
+        for part in ("vae", "tokenizer"):
+            shutil.copytree(initial / part, output / part)
     for name in stages:
         match name:
             case "vae":
                 vae_stage = VAEStage(recipe, device)
                 done = train(vae_stage, output, limits, resume=resume) == recipe.vae.steps
                 export_vae(recipe, output / "vae.pt", output / "vae", device)
+            case "motion":
+                motion_stage = MotionStage(recipe, AutoencoderKLWan.from_pretrained(output / "vae"), device)
+                done = train(motion_stage, output, limits, resume=resume) == recipe.motion.steps
+                motion_stage.average.save_pretrained(output / "vae")
             case "dit":
-                vae = AutoencoderKLWan.from_pretrained(output / "vae")
-                dit_stage = DiTStage(recipe, tokenizer_in(output, recipe), vae, output / "vae" / "latents", device)
+                dit_stage = DiTStage(
+                    recipe,
+                    tokenizer_in(output, recipe),
+                    AutoencoderKLWan.from_pretrained(output / "vae"),
+                    latents_of(output / "vae", output),
+                    device,
+                    initial=initial,
+                    compile_blocks=compile_blocks,
+                )
                 done = train(dit_stage, output, limits, resume=resume) == recipe.dit.steps
             case "export":
                 vae = AutoencoderKLWan.from_pretrained(output / "vae")

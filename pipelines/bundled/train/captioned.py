@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 
@@ -25,11 +26,15 @@ ENCODED_AT_ONCE = 2**21
 """Pixels that go through the encoder together, on a GPU or not: the activations of that many take some 2 GB."""
 
 
+TEXT_LENGTH = 32
+"""Tokens that texts are padded to, or a multiple of them: few lengths, so that what is compiled for one is used again."""
+
+
 @dataclass(frozen=True)
 class Captioned:
     bucket: Bucket
     input_ids: torch.Tensor
-    """`(B, L)`, padded to the longest."""
+    """`(B, L)`, padded to the longest, and that to a multiple of 32."""
     attention_mask: torch.Tensor
     """`(B, L)`, 1 for text and 0 for padding."""
     given_first_frame: bool
@@ -60,7 +65,7 @@ class CaptionedBatches:
         captions = [
             "" if random.random() < self.recipe.caption_dropout else wording.caption(scene, random) for scene in scenes
         ]
-        tokens = self.tokenizer(captions, padding="longest", return_tensors="pt")
+        tokens = self.tokenizer(captions, padding=True, pad_to_multiple_of=TEXT_LENGTH, return_tensors="pt")
         return Captioned(
             bucket=bucket,
             input_ids=tokens.input_ids,
@@ -73,12 +78,13 @@ class CaptionedBatches:
 
 def cached_scenes(recipe: Recipe, bucket: Bucket) -> int:
     """How many scenes of this bucket are encoded once: the larger they are and the more frames they have, the fewer."""
-    return max(bucket.batch_size, recipe.cached_pixels // (bucket.width * bucket.height * bucket.num_frames))
+    pixels = recipe.cached_pixels if bucket.num_frames == 1 else recipe.cached_clip_pixels
+    return max(bucket.batch_size, pixels // (bucket.width * bucket.height * bucket.num_frames))
 
 
 def scene_of(recipe: Recipe, bucket: Bucket, index: int) -> Scene:
     random = Random(f"{recipe.seed} {bucket.width}x{bucket.height}x{bucket.num_frames} {index}")
-    return sample_scene(random, first_nouns(recipe.nouns), clip=bucket.num_frames > 1)
+    return sample_scene(random, first_nouns(recipe.nouns), clip=bucket.num_frames > 1, moving_share=recipe.moving_share)
 
 
 def draw(scenes: list[Scene], bucket: Bucket, style: str | None = None) -> torch.Tensor:
@@ -109,6 +115,14 @@ def normalize(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return (latents - mean) / std
+
+
+def latents_of(vae_directory: Path, output: Path) -> Path:
+    """Where a run keeps the latents of this autoencoder: those of another one are never taken for them."""
+    digest = sha256()
+    for file in sorted(vae_directory.iterdir()):
+        digest.update(file.read_bytes())
+    return output / "latents" / digest.hexdigest()[:12]
 
 
 def load_latents(vae: AutoencoderKLWan, recipe: Recipe, bucket: Bucket, directory: Path) -> torch.Tensor:

@@ -26,10 +26,7 @@ FLOW_SHIFT = 3.0
 
 
 def export_vae(recipe: Recipe, checkpoint: Path, directory: Path, device: torch.device) -> None:
-    """The averaged autoencoder in float32, with the mean and deviation of its latents in its configuration.
-
-    What `directory` held, latents of an earlier autoencoder too, is removed.
-    """
+    """The averaged autoencoder in float32, with the mean and deviation of its latents in its configuration."""
     vae = build_vae(recipe.shape)
     load_average(vae, checkpoint)
     vae.to(device)
@@ -41,8 +38,6 @@ def export_vae(recipe: Recipe, checkpoint: Path, directory: Path, device: torch.
         latents_mean=[round(value, 4) for value in latents.mean((0, 2, 3, 4)).tolist()],
         latents_std=[round(value, 4) for value in latents.std((0, 2, 3, 4)).tolist()],
     )
-    if directory.exists():
-        shutil.rmtree(directory)
     vae.save_pretrained(directory)
 
 

@@ -64,6 +64,8 @@ class Limits:
     checkpoint_minutes: float = 5.0
     workers: int = 0
     """Processes that prepare batches ahead; 0 prepares them in the loop."""
+    first_step: int = 0
+    """Of the recipe, where there is no checkpoint: a stage that begins with trained weights need not begin at 0."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def train(stage: Stage, directory: Path, limits: Limits, *, resume: bool) -> int
     """
     checkpoint, log = directory / f"{stage.name}.pt", directory / f"{stage.name}.jsonl"
     directory.mkdir(parents=True, exist_ok=True)
-    step = 0
+    step = limits.first_step
     if checkpoint.exists():
         if not resume:
             raise FileExistsError(f"'{checkpoint}' exists: resume it (--resume) or remove it")

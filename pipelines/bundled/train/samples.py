@@ -1,6 +1,7 @@
-"""A sheet of pictures that a model draws, each under its prompt.
+"""A sheet of pictures or of clips that a model draws, each above its prompt.
 
 python -m pipelines.bundled.train.samples MODEL_DIRECTORY --output samples.png
+python -m pipelines.bundled.train.samples MODEL_DIRECTORY --num-frames 17 --output clips.webp
 """
 
 from __future__ import annotations
@@ -29,6 +30,20 @@ PROMPTS = (
     "a frog on top of a mushroom on a green background",
 )
 
+CLIP_PROMPTS = (
+    "A calico cat playing a piano on stage",
+    "a red car moving to the left on a white background",
+    "a dog running to the right on the beach",
+    "a rocket flying up at night",
+    "a red apple falling down on a green background",
+    "a robot spinning in a room",
+    "a frog jumping on the grass",
+    "a sun growing at sunset",
+)
+
+FPS = 8
+"""Of the sheet of clips: the bundled model's default."""
+
 COLUMNS = 4
 TEXT_HEIGHT = 28
 """Pixels under each picture: two lines of Pillow's own font."""
@@ -39,6 +54,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="directory in the diffusers layout")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--num-frames", type=int, default=1, help="of clips, whose sheet is an animation")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -48,20 +64,23 @@ def main() -> None:
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
     if arguments.lora is not None:
         pipeline.load_lora_weights(arguments.lora.parent, weight_name=arguments.lora.name)
-    pictures = [
+    prompts = PROMPTS if arguments.num_frames == 1 else CLIP_PROMPTS
+    clips = [
         pipeline(
             prompt,
             width=arguments.size,
             height=arguments.size,
-            num_frames=1,
+            num_frames=arguments.num_frames,
             num_inference_steps=arguments.steps,
             guidance_scale=arguments.guidance_scale,
             generator=torch.Generator().manual_seed(arguments.seed),
             output_type="pil",
-        ).frames[0][0]
-        for prompt in tqdm(PROMPTS)
+        ).frames[0]
+        for prompt in tqdm(prompts)
     ]
-    sheet(pictures, PROMPTS).save(arguments.output)
+    first, *others = [sheet(list(pictures), prompts) for pictures in zip(*clips, strict=True)]
+    animation = {"append_images": others, "duration": 1000 // FPS, "loop": 0} if others else {}
+    first.save(arguments.output, save_all=bool(others), **animation)
 
 
 def sheet(pictures: list[Image.Image], prompts: tuple[str, ...]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The first stage: the autoencoder, on pictures and clips of scenes."""
+"""The autoencoder: first pictures and clips of scenes, then more clips, while stills keep their latents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 
 from pipelines.bundled.scenes.nouns import first_nouns
 from pipelines.bundled.scenes.render import render
@@ -20,7 +20,7 @@ from pipelines.bundled.train.convolution import skip_padding
 from pipelines.bundled.train.loop import autocast, device_of
 from pipelines.bundled.train.networks import build_vae
 from pipelines.bundled.train.optimizer import MuonAdamW, split_parameters
-from pipelines.bundled.train.recipe import Recipe
+from pipelines.bundled.train.recipe import Recipe, StageRecipe
 
 KL_WEIGHT = 1e-4
 """Per latent value: enough to keep the latents near N(0, 1), too little to blur."""
@@ -33,41 +33,41 @@ EDGE_WEIGHT = 0.5
 class PixelBatches:
     """Crops of scenes drawn at 1 to 2 times the crop's size, so that detail of every scale is seen."""
 
+    name: str
     recipe: Recipe
+    stage: StageRecipe
 
     def batch(self, step: int) -> torch.Tensor:
         """`(B, 3, T, H, W)`, uint8."""
-        random = Random(f"vae {self.recipe.seed} {step}")
-        bucket = self.recipe.vae.draw_bucket(step, random)
+        random = Random(f"{self.name} {self.recipe.seed} {step}")
+        bucket = self.stage.draw_bucket(step, random)
         nouns = first_nouns(self.recipe.nouns)
         clips = []
         for _ in range(bucket.batch_size):
             scale = random.choice((1.0, 1.0, 1.5, 2.0))
             width, height = round(bucket.width * scale), round(bucket.height * scale)
-            scene = sample_scene(random, nouns, clip=bucket.num_frames > 1)
+            scene = sample_scene(random, nouns, clip=bucket.num_frames > 1, moving_share=self.recipe.moving_share)
             clip = render(scene, width, height, bucket.num_frames)
             left, top = random.randint(0, width - bucket.width), random.randint(0, height - bucket.height)
             clips.append(clip[:, top : top + bucket.height, left : left + bucket.width])
         return stack(clips)
 
 
-class VAEStage:
-    name = "vae"
+class AutoencoderStage:
+    """What both stages of the autoencoder share: all but what they begin with, and what of it they leave alone."""
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        torch.manual_seed(recipe.seed)
-        self.recipe = recipe.vae
+    name: str
+
+    def __init__(self, recipe: Recipe, stage: StageRecipe, vae: AutoencoderKLWan, device: torch.device) -> None:
+        self.recipe = stage
         self.seed = recipe.seed
-        self.source = PixelBatches(recipe)
-        self.module = build_vae(recipe.shape).to(device)
+        self.source = PixelBatches(self.name, recipe, stage)
+        self.module = vae.to(device)
         self.average = copy.deepcopy(self.module)
         skip_padding(self.module)
         matrices, rest = split_parameters(self.module, ())
         self.optimizer = MuonAdamW(
-            matrices,
-            rest,
-            matrix_learning_rate=recipe.vae.matrix_learning_rate,
-            learning_rate=recipe.vae.learning_rate,
+            matrices, rest, matrix_learning_rate=stage.matrix_learning_rate, learning_rate=stage.learning_rate
         )
 
     def loss(self, batch: torch.Tensor, step: int) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
@@ -88,6 +88,42 @@ class VAEStage:
         loss = error.abs().mean() + EDGE_WEIGHT * edges + KL_WEIGHT * divergence
         name = "psnr_still" if pixels.shape[2] == 1 else "psnr_clip"
         return loss, {name: psnr(decoded.detach().clamp(-1, 1), pixels), "kl": divergence.detach()}
+
+
+class VAEStage(AutoencoderStage):
+    """The first stage: the whole autoencoder, from nothing."""
+
+    name = "vae"
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        torch.manual_seed(recipe.seed)
+        super().__init__(recipe, recipe.vae, build_vae(recipe.shape), device)
+
+
+class MotionStage(AutoencoderStage):
+    """The second stage: an autoencoder that knows stills learns how they move. It trains the decoder, and of the encoder
+    what a still never meets: the taps that look back in time. So the latents of stills stay what they were, to the bit.
+    """
+
+    name = "motion"
+
+    def __init__(self, recipe: Recipe, vae: AutoencoderKLWan, device: torch.device) -> None:
+        super().__init__(recipe, recipe.motion, vae, device)
+        for module in (self.module.encoder, self.module.quant_conv):
+            module.requires_grad_(False)
+        for convolution in self.module.encoder.modules():
+            if isinstance(convolution, WanCausalConv3d) and convolution.kernel_size[0] > 1:
+                convolution.weight.requires_grad_(True)
+                # A strided one, of the downsampling in time, is not asked before the second latent frame.
+                if convolution.stride[0] == 1:
+                    convolution.weight.register_hook(_without_last_tap)
+
+
+def _without_last_tap(gradient: torch.Tensor) -> torch.Tensor:
+    """Of a kernel (out, in, T, H, W). Orthogonalised, columns of zeros stay zeros: the last tap does not move."""
+    past = gradient.clone()
+    past[:, :, -1] = 0
+    return past
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -27,9 +27,11 @@ RECIPE = Recipe(
     nouns=8,
     shape=ModelShape(vae_encoder_dim=8, vae_decoder_dim=8, text_dim=32, text_layers=1, heads=4, head_dim=12, layers=1),
     vae=stage(STILL, CLIP),
+    motion=stage(CLIP),
     dit=stage(STILL, CLIP),
     lora=stage(STILL),
     cached_pixels=4 * 32 * 32,
+    cached_clip_pixels=4 * 5 * 32 * 32,
     lora_rank=2,
     defaults={"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 3.0},
 )

@@ -11,7 +11,7 @@ from pipelines.bundled.scenes.backgrounds import BACKGROUNDS, COLOURS
 from pipelines.bundled.scenes.captions import Wording, background_phrases
 from pipelines.bundled.scenes.nouns import HELD_OUT_SHARE, NOUNS, first_nouns, is_held_out
 from pipelines.bundled.scenes.render import render
-from pipelines.bundled.scenes.scene import MOTIONS, Scene, Subject, sample_scene
+from pipelines.bundled.scenes.scene import DIRECTIONS, MOTIONS, Scene, Subject, sample_scene
 from pipelines.bundled.scenes.sprites import FontMissing, find_font, sprite
 from pipelines.bundled.scenes.styles import pixel_art, sepia
 
@@ -58,6 +58,14 @@ def test_everything_that_can_be_said_is_drawn() -> None:
     assert {subject.noun for scene in seen for subject in scene.subjects} == set(EVERYDAY)
     assert {scene.subjects[0].count for scene in seen} == {1, 2, 3, 4}
     assert {scene.motion for scene in scenes(300)} == {"still"}
+
+
+def test_the_share_of_clips_that_move_in_a_direction_can_be_raised() -> None:
+    random = Random(0)
+    for share, least, most in ((0.0, 0.15, 0.3), (0.5, 0.5, 0.7), (1.0, 1.0, 1.0)):
+        scenes = [sample_scene(random, EVERYDAY, clip=True, moving_share=share) for _ in range(500)]
+        assert least <= sum(scene.motion in DIRECTIONS for scene in scenes) / 500 <= most
+    assert all(sample_scene(random, EVERYDAY, moving_share=1.0).motion == "still" for _ in range(100))
 
 
 def test_a_caption_names_what_is_in_the_scene() -> None:

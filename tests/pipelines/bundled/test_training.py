@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from configs.server_args import ServerArgs
 from pipelines.bundled.train import __main__ as command
+from pipelines.bundled.train.captioned import latents_of
 from pipelines.bundled.train.dit import DiTStage
 from pipelines.bundled.train.export import export_vae
 from pipelines.bundled.train.loop import Limits, Stage, save_checkpoint, train
@@ -23,7 +24,7 @@ from pipelines.bundled.train.lora import LoRAStage
 from pipelines.bundled.train.networks import build_vae
 from pipelines.bundled.train.recipe import Recipe
 from pipelines.bundled.train.samples import sheet
-from pipelines.bundled.train.vae import VAEStage
+from pipelines.bundled.train.vae import MotionStage, VAEStage
 from pipelines.job import Task
 from pipelines.load import load_model
 from tests.pipelines.bundled.conftest import RECIPE, painted_sprite
@@ -54,6 +55,8 @@ def make_stage(name: str, trained: Path, latents: Path) -> Stage:
     match name:
         case "vae":
             return VAEStage(RECIPE, CPU)
+        case "motion":
+            return MotionStage(RECIPE, AutoencoderKLWan.from_pretrained(trained / "vae"), CPU)
         case "dit" | "dit-uncached":
             recipe = RECIPE if name == "dit" else replace(RECIPE, cached_pixels=0)
             tokenizer = PreTrainedTokenizerFast.from_pretrained(trained / "tokenizer")
@@ -62,7 +65,7 @@ def make_stage(name: str, trained: Path, latents: Path) -> Stage:
             return LoRAStage(RECIPE, WanPipeline.from_pretrained(trained / "model", dtype=torch.float32), "sepia", CPU)
 
 
-@pytest.mark.parametrize("name", ["vae", "dit", "dit-uncached", "lora"])
+@pytest.mark.parametrize("name", ["vae", "motion", "dit", "dit-uncached", "lora"])
 def test_a_stage_that_was_resumed_is_the_stage_that_was_not(name: str, trained: Path, tmp_path: Path) -> None:
     whole = make_stage(name, trained, tmp_path)
     begun = {key: value.clone() for key, value in whole.module.state_dict().items()}
@@ -98,13 +101,13 @@ def test_a_run_out_of_time_stops_before_the_stages_that_build_on_it(tmp_path: Pa
     assert not (tmp_path / "dit.pt").exists()
 
 
-@pytest.mark.parametrize("name", ["vae", "dit", "lora"])
+@pytest.mark.parametrize("name", ["vae", "motion", "dit", "lora"])
 def test_batches_can_be_drawn_in_other_processes(name: str, trained: Path) -> None:
-    source = make_stage(name, trained, trained / "vae" / "latents").source
+    source = make_stage(name, trained, latents_of(trained / "vae", trained)).source
     sent = pickle.loads(pickle.dumps(source))
     for step in range(2):
         here, there = source.batch(step), sent.batch(step)
-        if name == "vae":
+        if name in ("vae", "motion"):
             assert torch.equal(here, there)
         else:
             assert here.bucket == there.bucket
@@ -113,7 +116,7 @@ def test_batches_can_be_drawn_in_other_processes(name: str, trained: Path) -> No
 
 
 def test_the_log_has_what_was_measured(trained: Path) -> None:
-    for name, measured in (("vae", "kl"), ("dit", "loss"), ("lora-sepia", "loss")):
+    for name, measured in (("vae", "kl"), ("motion", "psnr_clip"), ("dit", "loss"), ("lora-sepia", "loss")):
         (line,) = (trained / f"{name}.jsonl").read_text().splitlines()
         record = json.loads(line)
         assert record["step"] == 2
@@ -124,10 +127,62 @@ def test_latents_are_normalised_by_what_was_measured(trained: Path, tmp_path: Pa
     config = AutoencoderKLWan.load_config(trained / "vae")
     assert config["latents_mean"] != [0.0] * 16
     assert all(std > 0 for std in config["latents_std"])
-    (tmp_path / "vae" / "latents").mkdir(parents=True)
     export_vae(RECIPE, trained / "vae.pt", tmp_path / "vae", CPU)
-    assert not (tmp_path / "vae" / "latents").exists(), "latents of another autoencoder stay behind"
     assert AutoencoderKLWan.load_config(tmp_path / "vae")["latents_std"] == config["latents_std"]
+
+
+def test_the_latents_of_one_autoencoder_are_not_taken_for_those_of_another(trained: Path, tmp_path: Path) -> None:
+    export_vae(RECIPE, trained / "vae.pt", tmp_path / "vae", CPU)
+    before_motion, after = latents_of(tmp_path / "vae", tmp_path), latents_of(trained / "vae", tmp_path)
+    assert before_motion != after
+    assert list((trained / "latents").iterdir()) == [latents_of(trained / "vae", trained)]
+
+
+def test_learning_motion_leaves_the_latents_of_stills_as_they_were(trained: Path, tmp_path: Path) -> None:
+    export_vae(RECIPE, trained / "vae.pt", tmp_path / "vae", CPU)
+    before, after = (AutoencoderKLWan.from_pretrained(path / "vae") for path in (tmp_path, trained))
+    pixels = torch.rand(1, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        still, clip = pixels[:, :, :1], pixels
+        assert torch.equal(before.encode(still).latent_dist.mode(), after.encode(still).latent_dist.mode())
+        assert not torch.equal(before.encode(clip).latent_dist.mode(), after.encode(clip).latent_dist.mode())
+        latents = before.encode(clip).latent_dist.mode()
+        assert not torch.equal(before.decode(latents).sample, after.decode(latents).sample)
+
+
+def test_a_model_is_trained_further_from_its_weights_and_the_step_that_is_asked_for(
+    trained: Path, tmp_path: Path
+) -> None:
+    command.run(
+        RECIPE,
+        ("dit",),
+        tmp_path,
+        Limits(None, first_step=1),
+        resume=False,
+        style="sepia",
+        device=CPU,
+        initial=trained / "model",
+    )
+    assert (tmp_path / "tokenizer" / "tokenizer.json").read_text() == (
+        trained / "model" / "tokenizer" / "tokenizer.json"
+    ).read_text()
+    assert len((tmp_path / "dit.jsonl").read_text().splitlines()) == 1
+    further = torch.load(tmp_path / "dit.pt", weights_only=True)
+    assert further["step"] == 2
+    begun = WanPipeline.from_pretrained(trained / "model", dtype=torch.float32).transformer.state_dict()
+    for name, value in begun.items():
+        distance = (further["module"][f"transformer.{name}"] - value).abs().max()
+        assert distance < 0.02, f"{name} is not what it began with, after one step"
+
+
+def test_a_compiled_transformer_computes_what_the_other_does(trained: Path, tmp_path: Path) -> None:
+    plain = make_stage("dit", trained, tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(trained / "tokenizer")
+    vae = AutoencoderKLWan.from_pretrained(trained / "vae")
+    compiled = DiTStage(RECIPE, tokenizer, vae, tmp_path, CPU, compile_blocks=True)
+    compiled.module.load_state_dict(plain.module.state_dict())
+    losses = [stage.loss(stage.source.batch(0), 0)[0] for stage in (plain, compiled)]
+    torch.testing.assert_close(losses[0], losses[1], atol=2e-3, rtol=2e-3)
 
 
 def test_the_exported_model_is_served_as_any_other(trained: Path) -> None:
