@@ -27,7 +27,7 @@ ENCODED_AT_ONCE = 2**21
 
 
 TEXT_LENGTH = 32
-"""Tokens that texts are padded to, or a multiple of them: few lengths, so that what is compiled for one is used again."""
+"""Tokens that texts are padded to, or a multiple of them. What is compiled for one length is used again, for all."""
 
 
 @dataclass(frozen=True)

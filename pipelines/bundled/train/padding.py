@@ -54,7 +54,7 @@ class FoldedPaddingProcessor:
         )
         length = encoder_hidden_states.shape[1] - 1
         query, key = query.to(value.dtype), key.to(value.dtype)
-        # In plain products: so few keys leave a fused kernel nothing to save, and the one of CPUs takes 9 times as long.
+        # In plain products: so few keys leave a fused kernel nothing to save, and on CPUs it takes 9 times as long.
         scores = (query * query.shape[-1] ** -0.5) @ key.mT
         scores = scores + F.pad(scores.new_zeros(length), (0, 1), value=math.log(SERVED_LENGTH - length))
         attended = (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2).flatten(2)

@@ -83,8 +83,8 @@ class Recipe:
     dit: StageRecipe
     lora: StageRecipe
     cached_pixels: int
-    """Of each bucket of stills, in scenes that are drawn and encoded once, to be seen again in each epoch; 0 encodes new
-    ones for every step, which a GPU does for a twentieth of a step's time."""
+    """Of each bucket of stills, in scenes that are drawn and encoded once, to be seen again in each epoch; 0 encodes
+    new ones for every step, which a GPU does for a twentieth of a step's time."""
     cached_clip_pixels: int = 0
     """The same of each bucket of clips, all frames counted."""
     moving_share: float = 0.5

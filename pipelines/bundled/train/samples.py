@@ -79,8 +79,10 @@ def main() -> None:
         for prompt in tqdm(prompts)
     ]
     first, *others = [sheet(list(pictures), prompts) for pictures in zip(*clips, strict=True)]
-    animation = {"append_images": others, "duration": 1000 // FPS, "loop": 0} if others else {}
-    first.save(arguments.output, save_all=bool(others), **animation)
+    if others:
+        first.save(arguments.output, save_all=True, append_images=others, duration=1000 // FPS, loop=0)
+    else:
+        first.save(arguments.output)
 
 
 def sheet(pictures: list[Image.Image], prompts: tuple[str, ...]) -> Image.Image:

@@ -101,8 +101,10 @@ class VAEStage(AutoencoderStage):
 
 
 class MotionStage(AutoencoderStage):
-    """The second stage: an autoencoder that knows stills learns how they move. It trains the decoder, and of the encoder
-    what a still never meets: the taps that look back in time. So the latents of stills stay what they were, to the bit.
+    """The second stage: an autoencoder that knows stills learns how they move.
+
+    It trains the decoder, and of the encoder what a still never meets: the taps that look back in time. So the latents
+    of stills stay what they were, to the bit.
     """
 
     name = "motion"
