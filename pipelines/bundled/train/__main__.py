@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers.utils import logging
 from transformers import PreTrainedTokenizerFast
 
 from pipelines.bundled.scenes.styles import STYLES
@@ -60,6 +61,7 @@ def main(command_line: list[str] | None = None) -> None:
         parser.error(f"--steps needs --stage {', '.join(TRAINED[:-1])} or {TRAINED[-1]}")
     if arguments.first_step and (arguments.initial is None or arguments.stage != "dit"):
         parser.error("--first-step needs --initial and --stage dit")
+    logging.set_verbosity_error()  # diffusers' warns at each step that its attention backends are experimental
     recipe = PRESETS[arguments.preset]
     if arguments.nouns is not None:
         recipe = replace(recipe, nouns=arguments.nouns)
