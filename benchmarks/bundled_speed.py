@@ -2,8 +2,8 @@
 
     python -m benchmarks.bundled_speed [--requests 3]
 
-Baseline in the same run: the same pipeline called in this process, in turn with the server, on as many threads. The
-seconds asked for are for two CPU cores.
+Baseline in the same run: the same pipeline called in this process, in turn with the server, on as many threads and in
+the precision that the server chooses. The seconds asked for are for two CPU cores.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from diffusers import WanPipeline
 from benchmarks.timing import seconds
 from configs.model_family import family_in
 from pipelines.bundled import model_directory
+from pipelines.precision import resolve_dtype
 from tests.e2e.server import running_server
 
 PROMPT = "A calico cat playing a piano on stage"
@@ -52,7 +53,7 @@ def main() -> None:
     family = family_in(model_directory())
     assert family is not None
     torch.set_num_threads(os.cpu_count() or 1)
-    pipeline = WanPipeline.from_pretrained(model_directory(), dtype=torch.float32)
+    pipeline = WanPipeline.from_pretrained(model_directory(), dtype=resolve_dtype("auto", torch.device("cpu")))
     pipeline.set_progress_bar_config(disable=True)
     print(f"{'seconds':22}{'served':>10}{'bare':>10}{'asked for':>12}")
     with tempfile.TemporaryDirectory() as folder, running_server(Path(folder)) as server:

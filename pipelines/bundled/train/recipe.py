@@ -134,12 +134,12 @@ CPU = Recipe(
         ema_decay=0.99,
     ),
     dit=StageRecipe(
-        steps=10_000,
+        steps=8500,
         phases=(
-            Phase(0.2, (Bucket(96, 96, 1, 96),)),
-            Phase(0.3, (_CPU_STILL,)),
+            Phase(0.235, (Bucket(96, 96, 1, 96),)),
+            Phase(0.355, (_CPU_STILL,)),
             Phase(
-                0.55,
+                0.645,
                 (
                     Bucket(64, 64, 9, 144, 2.0),  # where a direction is learned for the least: 48 tokens a clip
                     Bucket(96, 96, 9, 72),
