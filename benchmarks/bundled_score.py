@@ -67,7 +67,8 @@ def main() -> None:
     family = family_in(arguments.model)
     if family is None:
         raise SystemExit(f"'{arguments.model}' is of no family that is known")
-    size = arguments.size or family.defaults.width
+    picture_size = arguments.size or family.defaults_for("text_to_image").width
+    clip_size = arguments.size or family.defaults.width
     frames = arguments.frames or family.defaults.num_frames
     steps = arguments.steps or family.defaults.num_inference_steps
     guidance_scale = arguments.guidance_scale or family.defaults.guidance_scale
@@ -76,18 +77,24 @@ def main() -> None:
     pipeline = WanPipeline.from_pretrained(arguments.model, dtype=torch.float32).to(arguments.device)
     pipeline.set_progress_bar_config(disable=True)
 
+    def shape(question: Question) -> tuple[int, int]:
+        """Width and height, and the number of frames."""
+        return (picture_size, 1) if question.scene.motion == "still" else (clip_size, frames)
+
     def rendered(question: Question) -> Frames:
-        return render(question.scene, size, size, 1 if question.scene.motion == "still" else frames)
+        size, num_frames = shape(question)
+        return render(question.scene, size, size, num_frames)
 
     def reconstructed(question: Question) -> Frames:
         return reconstruct(pipeline, rendered(question))
 
     def generated(question: Question) -> Frames:
+        size, num_frames = shape(question)
         video = pipeline(
             question.prompt,
             width=size,
             height=size,
-            num_frames=1 if question.scene.motion == "still" else frames,
+            num_frames=num_frames,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             generator=torch.Generator().manual_seed(question.scene.seed),
@@ -99,7 +106,10 @@ def main() -> None:
         name: score(questions, answer, classifier, nouns, name)
         for name, answer in (("true renders", rendered), ("autoencoded", reconstructed), ("generated", generated))
     }
-    print(f"{len(questions)} prompts, {len(nouns)} nouns, {size}x{size}, {steps} steps, guidance {guidance_scale}")
+    print(
+        f"{len(questions)} prompts, {len(nouns)} nouns, pictures of {picture_size}x{picture_size}, clips of "
+        f"{clip_size}x{clip_size} and {frames} frames, {steps} steps, guidance {guidance_scale}"
+    )
     print(f"{'':22}" + "".join(f"{name:>14}" for name in columns) + f"{'asked for':>14}")
     for measure, target in TARGETS.items():
         print(f"{measure:22}" + "".join(f"{column[measure]:14.1%}" for column in columns.values()) + f"{target:14.0%}")

@@ -69,7 +69,6 @@ def family_overrides(recipe: Recipe) -> dict[str, object]:
     overrides = yaml.safe_load(resources.files("pipelines.bundled.train").joinpath("ditserve.yaml").read_text())
     # Guidance leads away from the empty caption, which is what training drops captions for.
     overrides["defaults"] |= {"negative_prompt": "", **recipe.defaults}
-    size = {name: recipe.defaults[name] for name in ("width", "height")}
     for of_task in overrides["task_defaults"].values():
-        of_task |= size
+        of_task |= {"width": recipe.picture_size, "height": recipe.picture_size}
     return overrides

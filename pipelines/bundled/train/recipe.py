@@ -97,7 +97,9 @@ class Recipe:
     lora_rank: int = 8
     seed: int = 0
     defaults: dict[str, int | float] = field(default_factory=dict)
-    """Of requests to a server of the model, in the `defaults` of its `ditserve.yaml`."""
+    """Of requests to a server of the model, in the `defaults` of its `ditserve.yaml`; the size is that of clips."""
+    picture_size: int = 256
+    """Width and height of pictures, where a request names none."""
 
 
 _CPU_STILL = Bucket(128, 128, 1, 64)
@@ -170,7 +172,7 @@ CPU = Recipe(
         ema_decay=0.998,
     ),
     lora=StageRecipe(
-        steps=500, phases=(Phase(1.0, (Bucket(128, 128, 1, 16),)),), matrix_learning_rate=1e-3, learning_rate=1e-3
+        steps=700, phases=(Phase(1.0, (Bucket(128, 128, 1, 24),)),), matrix_learning_rate=1e-3, learning_rate=1e-3
     ),
     cached_pixels=3 * 2**26,
     cached_clip_pixels=2**29,

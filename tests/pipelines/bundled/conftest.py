@@ -33,6 +33,7 @@ RECIPE = Recipe(
     cached_pixels=4 * 32 * 32,
     cached_clip_pixels=4 * 5 * 32 * 32,
     lora_rank=2,
+    picture_size=48,
     defaults={"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 3.0},
 )
 
