@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="directory in the diffusers layout")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--size", type=int, help="of each, in pixels; 256, or 128 of clips, without")
     parser.add_argument("--num-frames", type=int, default=1, help="of clips, whose sheet is an animation")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
@@ -64,12 +64,13 @@ def main() -> None:
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
     if arguments.lora is not None:
         pipeline.load_lora_weights(arguments.lora.parent, weight_name=arguments.lora.name)
-    prompts = PROMPTS if arguments.num_frames == 1 else CLIP_PROMPTS
+    prompts, default_size = (PROMPTS, 256) if arguments.num_frames == 1 else (CLIP_PROMPTS, 128)
+    size = arguments.size or default_size
     clips = [
         pipeline(
             prompt,
-            width=arguments.size,
-            height=arguments.size,
+            width=size,
+            height=size,
             num_frames=arguments.num_frames,
             num_inference_steps=arguments.steps,
             guidance_scale=arguments.guidance_scale,
