@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 
 from pipelines.bundled import model_directory
 from tests import tiny_models
-from tests.e2e.server import Server, running_server
+from tests.e2e.server import FLOAT32, Server, running_server
 from tests.lora.adapters import Trained, save, train, with_prefix
 
 PUBLIC_URL = "https://pictures.example/base/"
@@ -26,7 +26,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
     It makes pictures and clips from a prompt, clips from a picture, and edits pictures, but without a mask.
     """
-    with running_server(tmp_path_factory.mktemp("server")) as running:
+    with running_server(tmp_path_factory.mktemp("server"), *FLOAT32) as running:
         yield running
 
 

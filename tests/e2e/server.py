@@ -27,6 +27,10 @@ START_SECONDS = 180.0
 ANSWER_SECONDS = 300.0
 """Patience with one request."""
 
+FLOAT32 = ("--dtype", "fp32")
+"""Flags of servers whose pixels are compared, on one rank and on four: bfloat16, the default on CPUs with AMX, rounds
+otherwise where the shapes are others."""
+
 MARK = "DITSERVE_TEST_SERVER"
 """Environment variable by which a server's processes are known, also when their parents have gone."""
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.e2e.pictures import picture, pixels
-from tests.e2e.server import SMALL, Server, running_server
+from tests.e2e.server import FLOAT32, SMALL, Server, running_server
 
 FLAGS = (
     "--text-encoder-cpu-offload",
@@ -24,6 +24,7 @@ FLAGS = (
     "4",
     "--ulysses-degree=2",
     "--ring-degree=2",
+    *FLOAT32,
 )
 
 LONG: dict[str, Any] = {**SMALL, "size": "128x128", "num_inference_steps": 1000}

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from tests.chaos.victims import lose
-from tests.e2e.server import ANSWER_SECONDS, SMALL, Server, running_server
+from tests.e2e.server import ANSWER_SECONDS, FLOAT32, SMALL, Server, running_server
 
 SEED = {"seed": 7}
 
 
 @pytest.fixture(scope="module")
 def replicas(tmp_path_factory: pytest.TempPathFactory, adapters: tuple[str, str]) -> Iterator[Server]:
-    flags = ("--dp-size", "2", "--num-gpus", "2", "--lora-path", adapters[0])
+    flags = ("--dp-size", "2", "--num-gpus", "2", "--lora-path", adapters[0], *FLOAT32)
     with running_server(tmp_path_factory.mktemp("replicas"), *flags) as running:
         yield running
 
