@@ -32,12 +32,12 @@ class Sizes:
         return self.grid[1] * self.grid[2]
 
 
-EVEN = Sizes(grid=(2, 8, 8), text=16)
+EVEN = Sizes(grid=(2, 8, 8), text=48)
 """Every stream divides by 4."""
-UNEVEN = Sizes(grid=(3, 9, 7), text=19)
+UNEVEN = Sizes(grid=(3, 9, 7), text=49)
 """None does."""
-MASKED = Sizes(grid=(2, 8, 8), text=16, masked=True)
-MASKED_UNEVEN = Sizes(grid=(3, 9, 7), text=19, masked=True)
+MASKED = Sizes(grid=(2, 8, 8), text=48, masked=True)
+MASKED_UNEVEN = Sizes(grid=(3, 9, 7), text=49, masked=True)
 SHORT_TEXT = Sizes(grid=(3, 9, 7), text=3)
 """Fewer text tokens than ranks: the last rank has none."""
 
