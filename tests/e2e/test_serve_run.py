@@ -34,8 +34,8 @@ AUTOSCALING = {
 
 @pytest.fixture(scope="module")
 def deployed() -> Iterator[Server]:
-    """The file as it is, but for its ports, which other tests may be using, and an Engine that follows the queue, in
-    quick steps. It ends with everything it started."""
+    """The file as it is, but for its ports, which other tests may be using, float32 as the other server computes in,
+    and an Engine that follows the queue, in quick steps. It ends with everything it started."""
     # Not pytest's folder: sockets go here, and the path of a socket has at most 107 characters, of HAProxy's 97.
     with tempfile.TemporaryDirectory(prefix="ditserve-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -43,7 +43,9 @@ def deployed() -> Iterator[Server]:
         (port,) = free_ports(1)
         config["http_options"]["port"] = port
         config["controller_options"]["runtime_env"]["env_vars"] = private_proxy_environment(name)
-        (engine,) = (each for each in config["applications"][0]["deployments"] if each["name"] == "Engine")
+        (application,) = config["applications"]
+        application["args"]["dtype"] = "fp32"
+        (engine,) = (each for each in application["deployments"] if each["name"] == "Engine")
         engine.update(num_replicas="auto", autoscaling_config=AUTOSCALING)
         (folder / "serve_config.yaml").write_text(yaml.safe_dump(config))
         command = [str(Path(sys.executable).with_name("serve")), "run", "serve_config.yaml"]
