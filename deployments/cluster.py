@@ -10,6 +10,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partialmethod
 from itertools import islice
 
 from configs.server_args import ServerArgs
@@ -75,6 +76,7 @@ def served(args: ServerArgs) -> Iterator[ServerArgs]:
         import ray
         from ray import serve
         from ray._private.node import Node
+        from ray._private.parameter import RayParams
 
         from deployments.app import build, settle
         from deployments.state import ACTOR_NAME, NAMESPACE, forget_state_actor
@@ -84,6 +86,9 @@ def served(args: ServerArgs) -> Iterator[ServerArgs]:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         for process in UNUSED_RAY_PROCESSES:
             setattr(Node, f"start_{process}", _start_nothing)
+        # Any free port for the agent on each node, whose own is 52365: Ray tries that for 3 s where it is taken, as it
+        # is beside another server, and has no setting for it in a cluster that is started here.
+        RayParams.__init__ = partialmethod(RayParams.__init__, dashboard_agent_listen_port=0)
         local_cluster = {
             "num_cpus": _cpus_to_offer(args),
             "include_dashboard": False,

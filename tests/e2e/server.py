@@ -112,6 +112,11 @@ class Server:
                     found.append(process)
         return found
 
+    def ranks(self) -> list[psutil.Process]:
+        """Rank 0, the leader, first: they are spawned one after the other."""
+        ranks = [process for process in self.processes() if process.name().startswith("ray::Rank")]
+        return sorted(ranks, key=lambda process: process.create_time())
+
     def stop(self, signal_number: int = signal.SIGTERM, seconds: float = 60.0) -> int:
         """Send a signal and give the exit status."""
         self.process.send_signal(signal_number)

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from tests import tiny_models
 from tests.e2e.server import Server, running_server
 
 STOP_SECONDS = 10.0
@@ -71,14 +72,15 @@ def kill_all(server: Server) -> None:
 
 
 def test_a_server_that_was_stopped_or_killed_leaves_its_videos_to_the_next(tmp_path: Path) -> None:
-    with running_server(tmp_path) as first:
+    model = ("--model-path", str(tiny_models.save("wan2.1-t2v", tmp_path)))
+    with running_server(tmp_path, *model) as first:
         stopped = leave_work(first)
         assert_ends(first, signal.SIGINT)
-    with running_server(tmp_path) as second:
+    with running_server(tmp_path, *model) as second:
         assert_done(second, stopped)
         killed = leave_work(second)
         kill_all(second)
-    with running_server(tmp_path) as third:
+    with running_server(tmp_path, *model) as third:
         assert_done(third, killed)
         assert third.video(stopped.finished["id"]) == stopped.finished
         assert_ends(third, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""What waits, what goes first, what is refused: the queue of a real server with a gang of two."""
+"""What waits, what goes first, what is refused: the queue of a real server with a gang of two and a tiny model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -13,9 +14,12 @@ import httpx2
 import pytest
 
 from deployments.cluster import free_ports
+from tests import tiny_models
 from tests.chaos.victims import lose
 from tests.e2e.server import SMALL, Server, running_server
+from tests.lora.adapters import save, train, with_prefix
 
+MODEL = "wan2.1-t2v"
 MAX_QUEUE = 3
 MAX_RETRIES = 1
 LONG = {"num_inference_steps": 60, "seed": 11}
@@ -29,9 +33,11 @@ def metrics_port() -> int:
 
 @pytest.fixture(scope="module")
 def gang_of_two(tmp_path_factory: pytest.TempPathFactory, metrics_port: int) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("queue")
+    model = tiny_models.save(MODEL, folder)
     limits = ("--max-queue", str(MAX_QUEUE), "--max-retries", str(MAX_RETRIES))
-    flags = ("--num-gpus", "2", *limits, "--metrics-port", str(metrics_port))
-    with running_server(tmp_path_factory.mktemp("queue"), *flags) as running:
+    flags = ("--model-path", str(model), "--num-gpus", "2", *limits, "--metrics-port", str(metrics_port))
+    with running_server(folder, *flags) as running:
         yield running
 
 
@@ -56,10 +62,12 @@ def test_a_video_gives_way_to_pictures_and_has_the_pixels_of_one_that_was_left_a
     assert content(gang_of_two, video_id) == undisturbed
 
 
-def test_set_lora_does_not_wait_for_the_whole_of_a_video(gang_of_two: Server, adapters: tuple[str, str]) -> None:
+def test_set_lora_does_not_wait_for_the_whole_of_a_video(gang_of_two: Server, tmp_path: Path) -> None:
+    trained = train(tiny_models.build(MODEL).transformer, ["to_q"])
+    adapter = save(with_prefix("transformer.", trained.state), tmp_path / "adapter.safetensors")
     undisturbed = gang_of_two.clip(**LONG)
     video_id = long_video(gang_of_two)
-    body = {"lora_nickname": "A", "lora_path": adapters[0]}
+    body = {"lora_nickname": "A", "lora_path": str(adapter)}
     assert gang_of_two.http.post("/v1/set_lora", json=body).status_code == 200
     assert gang_of_two.video(video_id)["status"] == "in_progress"
     assert gang_of_two.http.post("/v1/unmerge_lora_weights").status_code == 200

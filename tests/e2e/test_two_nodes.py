@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import tiny_models
 from tests.e2e.hosts import Host, can_be_made, hosts
 from tests.e2e.server import ANSWER_SECONDS, MARK, SHORT, SMALL, START_SECONDS, running
 
@@ -109,7 +110,16 @@ def content(host: Host, video_id: str) -> bytes:
 def test_a_gang_spans_two_nodes_and_survives_the_loss_of_one_once_there_is_another(tmp_path: Path) -> None:
     head_flags = ("--head", "--port", str(RAY_PORT), "--include-dashboard", "false")
     command = [sys.executable, "-m", "deployments.cli", "serve", "--host", "0.0.0.0", "--port", str(PORT)]
-    command += ["--num-gpus", "2", "--num-cpus-per-rank", "0.6", "--max-retries", "5"]
+    command += [
+        "--model-path",
+        str(tiny_models.save("wan2.1-t2v", tmp_path)),
+        "--num-gpus",
+        "2",
+        "--num-cpus-per-rank",
+        "0.6",
+        "--max-retries",
+        "5",
+    ]
     command += ["--output-path", str(tmp_path / "outputs"), "--state-path", str(tmp_path / "jobs.sqlite3")]
     with hosts(2) as (first, second), ray_node(first, tmp_path, *head_flags), ExitStack() as workers:
         cluster = f"{first.address}:{RAY_PORT}"

@@ -5,44 +5,18 @@ from __future__ import annotations
 import json
 import time
 from base64 import b64decode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
 import httpx2
 import numpy as np
-import psutil
 import pytest
 
 from tests.e2e.pictures import picture, pixels
-from tests.e2e.server import FLOAT32, SMALL, Server, running_server
-
-FLAGS = (
-    "--text-encoder-cpu-offload",
-    "--pin-cpu-memory",
-    "--num-gpus",
-    "4",
-    "--ulysses-degree=2",
-    "--ring-degree=2",
-    *FLOAT32,
-)
+from tests.e2e.server import SMALL, Server
 
 LONG: dict[str, Any] = {**SMALL, "size": "128x128", "num_inference_steps": 1000}
-
-
-@pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running_server(tmp_path_factory.mktemp("four_ranks"), *FLAGS) as running:
-        yield running
-
-
-def rank_processes(server: Server) -> list[psutil.Process]:
-    return [process for process in server.processes() if process.name().startswith("ray::Rank")]
-
-
-def in_order(ranks: list[psutil.Process]) -> list[psutil.Process]:
-    """Rank 0, the leader, first: they are spawned one after the other."""
-    return sorted(ranks, key=lambda process: process.create_time())
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -54,7 +28,7 @@ def seconds(call: Callable[[], Any]) -> float:
 def test_there_are_four_ranks(four_ranks: Server) -> None:
     (model,) = four_ranks.http.get("/v1/models").json()["data"]
     assert model["num_gpus"] == 4
-    assert len(rank_processes(four_ranks)) == 4
+    assert len(four_ranks.ranks()) == 4
 
 
 @pytest.mark.parametrize("fields", [{"size": "128x128"}, {"size": "80x48"}, {"n": 2}], ids=str)
@@ -117,7 +91,7 @@ def test_leaving_a_plain_call_frees_the_ranks(four_ranks: Server) -> None:
 def test_a_killed_leader_is_replaced_and_the_request_still_succeeds(four_ranks: Server) -> None:
     body = {**SMALL, "seed": 5, "num_inference_steps": 20}
     undisturbed = four_ranks.picture(**body)
-    before = in_order(rank_processes(four_ranks))
+    before = four_ranks.ranks()
     with four_ranks.http.stream("POST", "/v1/images/generations", json={**body, "stream": True}) as answer:
         lines = answer.iter_lines()
         assert ": step 5 of 20" in islice(lines, 20)
@@ -127,13 +101,13 @@ def test_a_killed_leader_is_replaced_and_the_request_still_succeeds(four_ranks: 
     assert b64decode(data["b64_json"]) == undisturbed
 
     assert four_ranks.http.get("/ready").status_code == 200
-    after = rank_processes(four_ranks)
+    after = four_ranks.ranks()
     assert len(after) == 4
     assert before[0] not in after
 
 
 def test_a_killed_follower_of_an_idle_gang_is_replaced_for_the_next_request(four_ranks: Server) -> None:
     undisturbed = four_ranks.picture(seed=5)
-    in_order(rank_processes(four_ranks))[3].kill()
+    four_ranks.ranks()[3].kill()
     assert four_ranks.picture(seed=5) == undisturbed
     assert four_ranks.http.get("/ready").status_code == 200

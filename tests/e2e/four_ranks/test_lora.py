@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx2
 import numpy as np
-import psutil
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -22,7 +21,7 @@ from pipelines.generation import generate
 from pipelines.job import Job, Result, Task
 from pipelines.load import load_model
 from tests.e2e.pictures import pixels
-from tests.e2e.server import SMALL, Server, running_server
+from tests.e2e.server import SMALL, Server
 from tests.lora.adapters import State, Trained, save, train, with_prefix
 from tests.lora.formats import FORMATS, WAN_LAYERS
 
@@ -40,24 +39,14 @@ def trained() -> Trained:
     return train(transformer, WAN_LAYERS, r=4, lora_alpha=8)
 
 
-@pytest.fixture(scope="module")
-def folder(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the server takes adapters from: one in every format, in a folder each, and another one."""
-    folder = tmp_path_factory.mktemp("adapters")
+@pytest.fixture(scope="module", autouse=True)
+def saved(trained: Trained, folder: Path) -> None:
+    """One in every format, in a folder each, and another one."""
     for name, make in WAN_FORMATS.items():
         save(make(trained), folder / name / "adapter.safetensors")
     trained.peft_model.save_pretrained(folder / "as PEFT saves it")
     other = train(WanTransformer3DModel.from_pretrained(model_directory() / "transformer"), ["to_k"], seed=1)
     save(with_prefix("transformer.", other.state), folder / "other.safetensors")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def four_ranks(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    ranks = ("--num-gpus", "4", "--ulysses-degree=2", "--ring-degree=2", "--dtype", "fp32")
-    adapters = ("--lora-dir", str(folder), "--lora-restore", "reload")
-    with running_server(tmp_path_factory.mktemp("four_ranks"), *ranks, *adapters) as running:
-        yield running
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +189,7 @@ REASONS = {
 
 
 @pytest.fixture(scope="module")
-def faults(folder: Path) -> None:
+def faults(saved: None, folder: Path) -> None:
     for name, state in MADE.items():
         save(state, folder / name / "adapter.safetensors")
     whole = (folder / "other.safetensors").read_bytes()
@@ -279,16 +268,12 @@ def test_a_file_that_has_changed_is_loaded_again_and_the_answer_says_so(four_ran
 # Ranks that die.
 
 
-def rank_processes(server: Server) -> list[psutil.Process]:
-    return [process for process in server.processes() if process.name().startswith("ray::Rank")]
-
-
 def test_adapters_outlive_the_ranks_and_their_files(four_ranks: Server, folder: Path, base: bytes) -> None:
     shutil.copy(folder / "other.safetensors", folder / "gone.safetensors")
     set_lora(four_ranks, "kept", "gone.safetensors")
     with_kept = four_ranks.picture(**SEED)
     (folder / "gone.safetensors").unlink()
-    rank_processes(four_ranks)[2].kill()
+    four_ranks.ranks()[2].kill()
     assert four_ranks.picture(**SEED) == with_kept
     assert four_ranks.picture(**SEED, lora=[]) == base
     assert four_ranks.picture(**SEED, lora="kept") == with_kept
@@ -300,7 +285,7 @@ def test_a_rank_that_dies_while_an_adapter_is_set_leaves_no_rank_different_and_n
     set_lora(four_ranks, "first", "as PEFT saves it")
     with_first = four_ranks.picture(**SEED)
     unmerge(four_ranks)
-    victim = rank_processes(four_ranks)[3]
+    victim = four_ranks.ranks()[3]
     with ThreadPoolExecutor(1) as pool:
         setting = pool.submit(
             httpx2.post, f"{four_ranks.base_url}/v1/set_lora", json={"lora_nickname": "first"}, timeout=120
@@ -311,4 +296,4 @@ def test_a_rank_that_dies_while_an_adapter_is_set_leaves_no_rank_different_and_n
     assert answer.status_code in (200, 500, 503), answer.text
     assert four_ranks.picture(**SEED) == (with_first if answer.status_code == 200 else base)
     assert four_ranks.picture(**SEED, lora=[]) == base
-    assert len(rank_processes(four_ranks)) == 4
+    assert len(four_ranks.ranks()) == 4
