@@ -27,6 +27,7 @@ AUTOSCALING = {
     "max_replicas": 2,
     "target_ongoing_requests": 2,
     "look_back_period_s": 2,
+    "metrics_interval_s": 1,
     "upscale_delay_s": 1,
     "downscale_delay_s": 2,
 }
