@@ -121,6 +121,7 @@ def run(
                     latents_of(output / "vae", output),
                     device,
                     initial=initial,
+                    first_step=limits.first_step,
                     compile_blocks=compile_blocks,
                 )
                 done = train(dit_stage, output, limits, resume=resume) == recipe.dit.steps

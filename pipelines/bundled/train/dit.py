@@ -41,12 +41,14 @@ class DiTStage:
         device: torch.device,
         *,
         initial: Path | None = None,
+        first_step: int = 0,
         compile_blocks: bool = False,
     ) -> None:
         """
         Args:
             latents: directory of the cache, if the recipe has one.
             initial: model directory whose text encoder and transformer it begins with, in place of random ones.
+            first_step: of those that will be run: what only earlier phases draw is not cached.
             compile_blocks: compile the transformer's blocks, once for each shape that batches have.
         """
         torch.manual_seed(recipe.seed)
@@ -62,16 +64,15 @@ class DiTStage:
                 network.load_state_dict(type(network).from_pretrained(initial / part).state_dict())
         self.average = copy.deepcopy(self.module)
         attend_to_folded_padding(self.module.transformer)
+        buckets = _buckets(recipe.dit, first_step)
         if compile_blocks:
-            torch.compiler.config.recompile_limit = 4 * len(_buckets(recipe.dit))  # short and long texts, first frames
+            torch.compiler.config.recompile_limit = 4 * len(buckets)  # short and long texts, first frames
             self.module.transformer.compile_repeated_blocks()
         self.vae = vae.to(device).requires_grad_(False)
         skip_padding(self.vae)
         self.cache: dict[Bucket, torch.Tensor] = {}
         if self.source.cached:
-            for bucket in sorted(
-                _buckets(recipe.dit), key=lambda bucket: (bucket.num_frames, bucket.width * bucket.height)
-            ):
+            for bucket in sorted(buckets, key=lambda bucket: (bucket.num_frames, bucket.width * bucket.height)):
                 self.cache[bucket] = load_latents(self.vae, recipe, bucket, latents)
         matrices, rest = split_parameters(self.module, FIRST_AND_LAST)
         self.optimizer = MuonAdamW(
@@ -93,8 +94,10 @@ class DiTStage:
             return flow_loss(self.module, batch, latents, generator)
 
 
-def _buckets(stage: StageRecipe) -> set[Bucket]:
-    return {bucket for phase in stage.phases for bucket in phase.buckets}
+def _buckets(stage: StageRecipe, first_step: int) -> set[Bucket]:
+    """What is drawn from this step on."""
+    phases = stage.phases[stage.phases.index(stage.phase_at(first_step)) :]
+    return {bucket for phase in phases for bucket in phase.buckets}
 
 
 def attention_backend(latents: torch.Tensor) -> str:

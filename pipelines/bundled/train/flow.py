@@ -11,6 +11,7 @@ from transformers import UMT5EncoderModel
 
 from pipelines.bundled.train.captioned import Captioned
 from pipelines.bundled.train.padding import fold_padding
+from pipelines.bundled.train.tokens import draw_tokens, on_tokens
 
 TRAIN_TIMESTEPS = 1000
 """Of the scheduler: the timestep of pure noise."""
@@ -48,7 +49,8 @@ def flow_loss(
     """The mean squared error of the predicted velocity, noise - latents, for normalised latents (B, C, T, h, w).
 
     Where the first frame is given, it is what `WanImageToVideoPipeline` makes of it with `expand_timesteps`: clean
-    latents, whose tokens have timestep 0. It is then no part of the loss.
+    latents, whose tokens have timestep 0. It is then no part of the loss, and neither are the tokens that the bucket's
+    `token_share` leaves out.
     """
     count, _, frames, height, width = latents.shape
     tokens = frames * (height // 2) * (width // 2)
@@ -57,15 +59,19 @@ def flow_loss(
     share = sigmas.view(-1, 1, 1, 1, 1)
     noisy = (1 - share) * latents + share * noise
     timesteps = sigmas * TRAIN_TIMESTEPS
+    kept = draw_tokens(tokens, batch.bucket.token_share, generator)
     if batch.given_first_frame:
         noisy[:, :, 0] = latents[:, :, 0]
-        timesteps = timesteps[:, None].repeat(1, tokens)
-        timesteps[:, : tokens // frames] = 0
+        timesteps = torch.where(kept < tokens // frames, 0.0, timesteps[:, None])
     input_ids, attention_mask = batch.input_ids.to(latents.device), batch.attention_mask.to(latents.device)
     encoded = model.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-    velocity = model.transformer(noisy, timesteps, fold_padding(encoded, attention_mask), return_dict=False)[0]
+    with on_tokens(model.transformer, kept):
+        velocity = model.transformer(noisy, timesteps, fold_padding(encoded, attention_mask), return_dict=False)[0]
     errors = (velocity.float() - (noise - latents)).square()
+    asked = torch.zeros(tokens, dtype=torch.bool, device=latents.device)
+    asked[kept] = True
+    asked = asked.view(frames, height // 2, width // 2).repeat_interleave(2, 1).repeat_interleave(2, 2)
     if batch.given_first_frame:
-        errors = errors[:, :, 1:]
-    loss = errors.mean()
+        asked[0] = False
+    loss = errors[:, :, asked].mean()
     return loss, {("loss_still" if frames == 1 else "loss_clip"): loss.detach()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -18,6 +19,7 @@ from pipelines.bundled.train.networks import build_text_encoder, build_transform
 from pipelines.bundled.train.optimizer import MuonAdamW, orthogonalized, split_parameters
 from pipelines.bundled.train.padding import SERVED_LENGTH, attend_to_folded_padding, fold_padding
 from pipelines.bundled.train.recipe import PRESETS, Recipe
+from pipelines.bundled.train.tokens import on_tokens
 from pipelines.bundled.train.vae import decode
 from tests.pipelines.bundled.conftest import CLIP, RECIPE, STILL
 
@@ -94,6 +96,42 @@ def test_a_given_first_frame_is_clean_at_timestep_0_and_no_part_of_the_loss(
     assert timesteps.shape == (2, 8)
     assert (timesteps[:, :4] == 0).all()
     assert (timesteps[:, 4:] > 0).all()
+
+
+def test_the_transformer_on_the_tokens_of_a_frame_is_that_on_the_frame_alone() -> None:
+    transformer = shaken(build_transformer(RECIPE.shape))
+    latents, timesteps, text = torch.randn(2, 16, 2, 8, 6), torch.tensor([900.0, 300.0]), torch.randn(2, 5, 32)
+    second_frame = torch.arange(12, 24)
+    with torch.no_grad():
+        alone = transformer(latents[:, :, 1:], timesteps, text, return_dict=False)[0]
+        with on_tokens(transformer, second_frame):
+            among_others = transformer(latents, timesteps, text, return_dict=False)[0]
+        everything = transformer(latents, timesteps, text, return_dict=False)[0]
+    # Positions count relative to each other, and both frames are at the same height and width.
+    torch.testing.assert_close(among_others[:, :, 1:], alone, atol=1e-5, rtol=1e-4)
+    assert (among_others[:, :, 0] == 0).all()
+    assert (everything[:, :, 1:] - alone).abs().max() > 1e-3, "the first frame would make no difference"
+
+
+@pytest.mark.parametrize("given_first_frame", [False, True])
+def test_only_a_share_of_the_tokens_is_asked_for(tokenizer: PreTrainedTokenizerFast, given_first_frame: bool) -> None:
+    model = TextToLatents(build_text_encoder(RECIPE.shape, len(tokenizer)), build_transformer(RECIPE.shape))
+    attend_to_folded_padding(model.transformer)
+    tokens = tokenizer(["a cat", "a dog on a piano"], padding="longest", return_tensors="pt")
+    bucket = replace(CLIP, token_share=0.75)
+    batch = Captioned(bucket, tokens.input_ids, tokens.attention_mask, given_first_frame, torch.tensor([0, 1]), None)
+    latents = torch.randn(2, 16, 2, 4, 4, requires_grad=True)
+    loss, _ = flow_loss(model, batch, latents, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert latents.grad is not None
+    # The last layer begins at zero: what the loss sees of the latents is the velocity that it asks for.
+    asked = (latents.grad != 0).all(dim=(0, 1)).unflatten(1, (2, 2)).unflatten(3, (2, 2)).all(dim=(2, 4))
+    assert asked.shape == (2, 2, 2)
+    if given_first_frame:
+        assert not asked[0].any()
+        assert 2 <= asked.sum() <= 4
+    else:
+        assert asked.sum() == 6
 
 
 def test_larger_pictures_are_trained_at_more_noise() -> None:
