@@ -18,6 +18,7 @@ from torch import nn
 
 from configs.model_family import ModelCard, ModelFamily, family_in
 from configs.server_args import ServerArgs
+from pipelines.convolution import skip_padding
 from pipelines.job import InvalidJob, Task
 from pipelines.offload import place
 from pipelines.precision import dtype_name, resolve_device, resolve_dtype
@@ -97,6 +98,8 @@ def load_model(args: ServerArgs, mesh: Mesh | None = None) -> Model:
         family = derive_family(pipeline)
     modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
     transformers = {name: modules[name] for name in TRANSFORMERS if name in modules}
+    if device.type == "cpu" and "vae" in modules:
+        skip_padding(modules["vae"])
     return Model(
         card=ModelCard(
             id=args.served_model_name or args.model_path or "ditserve",

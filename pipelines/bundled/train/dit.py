@@ -11,7 +11,6 @@ from diffusers import AutoencoderKLWan
 from transformers import PreTrainedTokenizerFast
 
 from pipelines.bundled.train.captioned import Captioned, CaptionedBatches, encode, load_latents
-from pipelines.bundled.train.convolution import skip_padding
 from pipelines.bundled.train.flow import TextToLatents, flow_loss
 from pipelines.bundled.train.loop import autocast, device_of
 from pipelines.bundled.train.networks import build_text_encoder, build_transformer
@@ -19,6 +18,7 @@ from pipelines.bundled.train.optimizer import MuonAdamW, split_parameters
 from pipelines.bundled.train.padding import attend_to_folded_padding
 from pipelines.bundled.train.recipe import Bucket, Recipe, StageRecipe
 from pipelines.bundled.train.vae import step_seed
+from pipelines.convolution import skip_padding
 
 FIRST_AND_LAST = (
     "text_encoder.shared",

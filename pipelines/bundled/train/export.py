@@ -12,11 +12,11 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from transformers import PreTrainedTokenizerFast
 
 from pipelines.bundled.train.captioned import draw, encode, scene_of
-from pipelines.bundled.train.convolution import skip_padding
 from pipelines.bundled.train.flow import TextToLatents
 from pipelines.bundled.train.loop import load_average
 from pipelines.bundled.train.networks import build_text_encoder, build_transformer, build_vae
 from pipelines.bundled.train.recipe import Recipe
+from pipelines.convolution import skip_padding
 
 MEASURED_SCENES = 256
 """From which the mean and deviation of the latents are taken."""

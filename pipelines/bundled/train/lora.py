@@ -12,13 +12,13 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
 from pipelines.bundled.train.captioned import Captioned, CaptionedBatches, encode
-from pipelines.bundled.train.convolution import skip_padding
 from pipelines.bundled.train.flow import TextToLatents, flow_loss
 from pipelines.bundled.train.loop import autocast
 from pipelines.bundled.train.optimizer import MuonAdamW
 from pipelines.bundled.train.padding import attend_to_folded_padding
 from pipelines.bundled.train.recipe import Recipe
 from pipelines.bundled.train.vae import step_seed
+from pipelines.convolution import skip_padding
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 """Every linear layer of a block."""

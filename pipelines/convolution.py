@@ -6,25 +6,27 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from torch import nn
+
+CAUSAL_CONVOLUTIONS = ("WanCausalConv3d", "QwenImageCausalConv3d")
+"""Classes of the autoencoders of Wan and of Qwen-Image. By name, for importing both would cost each start its time."""
 
 
-def skip_padding(vae: AutoencoderKLWan) -> None:
+def skip_padding(vae: nn.Module) -> None:
     """Let each causal convolution of `vae` compute as a sum of 2D convolutions, one for each tap of time.
 
-    The result is the same to rounding. Of a still's three taps, two see nothing but padding: three times the speed.
+    The result is the same to rounding. Of a still's three taps, two see nothing but padding; and CPUs have better
+    kernels for 2D: in float32 on two cores a still of 256x256 is decoded 4 to 5 times as fast, 17 frames of it 4 times.
     """
     for module in vae.modules():
-        if isinstance(module, WanCausalConv3d):
-            module.forward = partial(_forward_by_taps, module)
+        if isinstance(module, nn.Conv3d) and type(module).__name__ in CAUSAL_CONVOLUTIONS:
+            module.forward = partial(_forward_by_taps, module)  # type: ignore[method-assign]
 
 
-def _forward_by_taps(
-    convolution: WanCausalConv3d, frames: torch.Tensor, cache_x: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`frames` (B, C, T, H, W) after those of `cache_x`, as `WanCausalConv3d.forward` takes them."""
-    left, _, top, _, missing, _ = convolution._padding
+def _forward_by_taps(convolution: nn.Conv3d, frames: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+    """`frames` (B, C, T, H, W) after those of `cache_x`, as the convolution's own forward takes them."""
+    padding: tuple[int, ...] = convolution._padding  # type: ignore[assignment] # a module's, for all mypy knows
+    left, _, top, _, missing, _ = padding
     if cache_x is not None and missing > 0:
         frames = torch.cat([cache_x, frames], 2)
         missing -= cache_x.shape[2]
