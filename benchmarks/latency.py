@@ -11,6 +11,7 @@ for orientation: 157 ms, 416 ms and 542 ms on 1, 2 and 4 ranks for the small cli
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -65,10 +66,12 @@ def compare(case: Case, directory: Path, server: Server, ranks: int, requests: i
     pipeline = DiffusionPipeline.from_pretrained(directory)
     pipeline.set_progress_bar_config(disable=True)
 
+    prompts = (f"a cat, take {number}" for number in itertools.count())  # none of which the server remembers
+
     def bare() -> None:
         frames = {"num_frames": case.num_frames} if case.num_frames > 1 else {}
         pixels = pipeline(
-            "a cat",
+            next(prompts),
             width=case.width,
             height=case.height,
             num_inference_steps=case.steps,
@@ -82,7 +85,7 @@ def compare(case: Case, directory: Path, server: Server, ranks: int, requests: i
             encode_image(to_frame(pixels), "png")
 
     def served() -> None:
-        (request_clip if case.num_frames > 1 else request_picture)(server, case)
+        (request_clip if case.num_frames > 1 else request_picture)(server, case, next(prompts))
 
     for _ in range(2):
         bare()
@@ -97,16 +100,16 @@ def compare(case: Case, directory: Path, server: Server, ranks: int, requests: i
     )
 
 
-def request_picture(server: Server, case: Case) -> None:
-    body = {"prompt": "a cat", "size": f"{case.width}x{case.height}", "num_inference_steps": case.steps}
+def request_picture(server: Server, case: Case, prompt: str) -> None:
+    body = {"prompt": prompt, "size": f"{case.width}x{case.height}", "num_inference_steps": case.steps}
     httpx2.post(f"{server.base_url}/v1/images/generations", json=body, timeout=600).raise_for_status()
 
 
-def request_clip(server: Server, case: Case) -> None:
+def request_clip(server: Server, case: Case, prompt: str) -> None:
     """Until the file is here. A look costs the processes some 10 ms of CPU: one every 5 ms doubled a clip's time."""
     videos = f"{server.base_url}/v1/videos"
     body = {
-        "prompt": "a cat",
+        "prompt": prompt,
         "size": f"{case.width}x{case.height}",
         "num_inference_steps": case.steps,
         "num_frames": case.num_frames,

@@ -19,6 +19,7 @@ from torch import nn
 from configs.model_family import ModelCard, ModelFamily, family_in
 from configs.server_args import ServerArgs
 from pipelines.convolution import skip_padding
+from pipelines.encodings import EncodingMemory
 from pipelines.job import InvalidJob, Task
 from pipelines.offload import place
 from pipelines.precision import dtype_name, resolve_device, resolve_dtype
@@ -48,6 +49,8 @@ class Model:
     """Of a gang whose halves compute one branch of guidance each."""
     device: torch.device
     dtype: torch.dtype
+    encodings: EncodingMemory
+    """Of the texts that this rank encoded."""
     rest_transformers: Callable[[], None]
     """Sends offloaded transformers back to host memory: after a job's last step, to make room for the decoder, and
     before an adapter is merged, which must edit the host tensors and not a copy."""
@@ -70,7 +73,9 @@ class Model:
         """The same for one rank alone: it encodes for itself, so it must be a rank that has encoders."""
         if task not in self.pipeline_classes:
             raise InvalidJob(f"This model cannot do {task}; it can do {', '.join(self.pipeline_classes)}")
-        return view_of(self.pipeline, self.pipeline_classes[task])
+        view = view_of(self.pipeline, self.pipeline_classes[task])
+        self.encodings.attach(view)
+        return view
 
 
 def load_model(args: ServerArgs, mesh: Mesh | None = None) -> Model:
@@ -118,6 +123,7 @@ def load_model(args: ServerArgs, mesh: Mesh | None = None) -> Model:
         guidance=shard(transformers, args, mesh),
         device=device,
         dtype=dtype,
+        encodings=EncodingMemory(),
         rest_transformers=place(modules, transformers, args, device),
     )
 

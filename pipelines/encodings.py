@@ -1,0 +1,70 @@
+"""A text that was encoded before is not encoded again."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+TEXT_METHODS = ("_get_t5_prompt_embeds", "_get_clip_prompt_embeds")
+"""Of pipelines that encode each text by itself, so that a new prompt leaves the negative one remembered."""
+
+REMEMBERED_BYTES = 2**26
+"""16 texts of Wan or FLUX.1 (512 tokens of 4096 in bf16), 200 short ones of Z-Image."""
+
+
+class EncodingMemory:
+    """The encodings that a model's pipelines made last.
+
+    Nearly all requests share their negative prompt, and people try one prompt with many seeds. With the encoder in host
+    memory (`--text-encoder-cpu-offload`) each text that is not encoded saves a transfer of the whole encoder.
+    """
+
+    def __init__(self, max_bytes: int = REMEMBERED_BYTES):
+        self._max_bytes = max_bytes
+        self._encodings: OrderedDict[Hashable, Any] = OrderedDict()
+        self.num_bytes = 0
+
+    def attach(self, pipeline: DiffusionPipeline) -> None:
+        """Let `pipeline` ask here before it encodes a text. Encodings of texts with pictures are not kept."""
+        names = [name for name in TEXT_METHODS if hasattr(pipeline, name)] or ["encode_prompt"]
+        for name in names:
+            setattr(pipeline, name, self._remembering(getattr(pipeline, name), (type(pipeline), name)))
+
+    def _remembering(self, encode: Callable[..., Any], source: Hashable) -> Callable[..., Any]:
+        @functools.wraps(encode)
+        def encode_or_remember(*args: Any, **kwargs: Any) -> Any:
+            arguments = as_key((args, sorted(kwargs.items())))
+            if arguments is None:
+                return encode(*args, **kwargs)
+            key = (source, arguments)
+            if key not in self._encodings:
+                self._encodings[key] = encode(*args, **kwargs)
+                self.num_bytes += num_bytes(self._encodings[key])
+            self._encodings.move_to_end(key)
+            encoding = self._encodings[key]
+            while self.num_bytes > self._max_bytes:
+                self.num_bytes -= num_bytes(self._encodings.popitem(last=False)[1])
+            # A copy: what a pipeline does to its own must not change the next one's.
+            return tree_map_only(torch.Tensor, torch.clone, encoding)
+
+        return encode_or_remember
+
+
+def as_key(value: Any) -> Hashable | None:
+    """Equal for equal texts and options; None if there is anything else among them, a picture or a tensor."""
+    if isinstance(value, list | tuple):
+        parts = [as_key(each) for each in value]
+        return None if None in parts else tuple(parts)
+    if value is None or isinstance(value, bool | int | float | str | torch.device | torch.dtype):
+        return (type(value), value)
+    return None
+
+
+def num_bytes(encoding: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(encoding) if isinstance(leaf, torch.Tensor))
