@@ -138,12 +138,12 @@ CPU = Recipe(
         ema_decay=0.99,
     ),
     dit=StageRecipe(
-        steps=9900,
+        steps=9700,
         phases=(
-            Phase(0.202, (Bucket(96, 96, 1, 96),)),
-            Phase(0.305, (_CPU_STILL,)),
+            Phase(0.206, (Bucket(96, 96, 1, 96),)),
+            Phase(0.311, (_CPU_STILL,)),
             Phase(
-                0.554,
+                0.565,
                 (
                     Bucket(64, 64, 9, 144, 2.0),  # where a direction is learned for the least: 48 tokens a clip
                     Bucket(96, 96, 9, 72),
@@ -153,7 +153,7 @@ CPU = Recipe(
                 ),
             ),
             Phase(
-                0.859,
+                0.8767,
                 (
                     _CPU_STILL,
                     Bucket(256, 256, 1, 32, 0.8),
@@ -169,7 +169,7 @@ CPU = Recipe(
             ),
             # Large pictures and clips on some 800 tokens of each, in 2 to 3 s a step.
             Phase(
-                0.964,
+                0.97,
                 (
                     Bucket(256, 256, 1, 32),
                     Bucket(512, 512, 1, 16, 1.0, token_share=0.5),
