@@ -33,6 +33,7 @@ from pipelines.bundled.scenes.nouns import Noun, first_nouns, is_held_out
 from pipelines.bundled.scenes.render import render
 from pipelines.bundled.scenes.scene import DIRECTIONS, Motion, Relation, Scene, Subject, sample_scene
 from pipelines.bundled.train.vae import pixels_of, stack
+from pipelines.convolution import skip_padding
 
 Frames = npt.NDArray[np.uint8]
 """`(T, H, W, 3)` in sRGB."""
@@ -76,6 +77,7 @@ def main() -> None:
     classifier = trained_classifier(nouns, arguments.classifier_steps, arguments.classifier, arguments.device)
     pipeline = WanPipeline.from_pretrained(arguments.model, dtype=torch.float32).to(arguments.device)
     pipeline.set_progress_bar_config(disable=True)
+    skip_padding(pipeline.vae)
 
     def shape(question: Question) -> tuple[int, int]:
         """Width and height, and the number of frames."""
