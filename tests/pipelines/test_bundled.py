@@ -69,7 +69,7 @@ def draw(prompt: str, args: ServerArgs) -> np.ndarray:
     [
         ("a red apple on a blue background", "blue", "red"),
         ("A big tree on a pink background", "pink", "green"),
-        ("a photo of a cute banana on a black background", "black", "yellow"),
+        ("a photo of a cute sun on a black background", "black", "yellow"),
     ],
 )
 def test_it_draws_what_it_is_asked_for(prompt: str, background: str, foreground: str) -> None:
