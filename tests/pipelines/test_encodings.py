@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -86,11 +85,11 @@ def test_a_text_with_a_picture_is_encoded_each_time(tiny_model: Load) -> None:
         assert count() == 2 * encoded
 
 
-class Encoder(SimpleNamespace):
+class Encoder:
     """A pipeline that makes of a text a tensor of its length, 4 bytes a letter."""
 
     def __init__(self) -> None:
-        super().__init__(encoded=[])
+        self.encoded: list[str | list[str]] = []
 
     def encode_prompt(self, prompt: str | list[str], image: object = None, device: torch.device | None = None) -> Any:
         self.encoded.append(prompt)

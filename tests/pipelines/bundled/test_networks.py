@@ -19,6 +19,8 @@ from pipelines.bundled.train.optimizer import MuonAdamW, orthogonalized, split_p
 from pipelines.bundled.train.padding import SERVED_LENGTH, attend_to_folded_padding, fold_padding
 from pipelines.bundled.train.recipe import PRESETS, Recipe
 from pipelines.bundled.train.tokens import on_tokens
+from pipelines.bundled.train.vae import decode
+from pipelines.convolution import skip_padding
 from tests.pipelines.bundled.conftest import CLIP, RECIPE, STILL
 
 
@@ -59,6 +61,21 @@ def test_folded_padding_is_padding_as_served() -> None:
         unpadded = transformer(latents, timesteps, encoded).sample
     torch.testing.assert_close(folded, expected, atol=1e-5, rtol=1e-4)
     assert (unpadded - expected).abs().max() > 1e-3, "padding would make no difference"
+
+
+@pytest.mark.parametrize("num_frames", [1, 9])
+def test_convolutions_that_skip_padding_are_the_same(num_frames: int) -> None:
+    vae = shaken(build_vae(RECIPE.shape))
+    pixels = torch.rand(1, 3, num_frames, 32, 48) * 2 - 1
+    with torch.no_grad():
+        expected = vae._encode(pixels)
+        mean = expected[:, :16]
+        pictures = vae.decode(mean).sample
+        skip_padding(vae)
+        torch.testing.assert_close(vae._encode(pixels), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(decode(vae, mean).clamp(-1, 1), pictures, atol=1e-4, rtol=1e-4)
+    assert pictures.shape == pixels.shape
+    assert mean.shape == (1, 16, (num_frames - 1) // 4 + 1, 4, 6)
 
 
 def test_a_given_first_frame_is_clean_at_timestep_0_and_no_part_of_the_loss(
