@@ -45,7 +45,7 @@ def test_it_makes_pictures_and_clips_edits_and_animates_at_small_sizes() -> None
     assert family is not None
     assert family.name == "wan2.2-ti2v"
     assert family.defaults_for("text_to_image").width == 256
-    assert family.defaults_for("text_to_video").width == 128
+    assert family.defaults_for("text_to_video").width == 256
     assert set(family.tasks) == {*Task} - {Task.INPAINT}
 
     pipeline = WanPipeline.from_pretrained(model_directory(), dtype=torch.float32)

@@ -15,6 +15,8 @@ from diffusers import WanPipeline
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from pipelines.convolution import skip_padding
+
 PROMPTS = (
     "A calico cat playing a piano on stage",
     "a dog on the beach",
@@ -53,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="directory in the diffusers layout")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--size", type=int, help="of each, in pixels; 256, or 128 of clips, without")
+    parser.add_argument("--size", type=int, default=256, help="of each, in pixels")
     parser.add_argument("--num-frames", type=int, default=1, help="of clips, whose sheet is an animation")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
@@ -62,15 +64,15 @@ def main() -> None:
     arguments = parser.parse_args()
     pipeline = WanPipeline.from_pretrained(arguments.model, dtype=torch.float32)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
+    skip_padding(pipeline.vae)
     if arguments.lora is not None:
         pipeline.load_lora_weights(arguments.lora.parent, weight_name=arguments.lora.name)
-    prompts, default_size = (PROMPTS, 256) if arguments.num_frames == 1 else (CLIP_PROMPTS, 128)
-    size = arguments.size or default_size
+    prompts = PROMPTS if arguments.num_frames == 1 else CLIP_PROMPTS
     clips = [
         pipeline(
             prompt,
-            width=size,
-            height=size,
+            width=arguments.size,
+            height=arguments.size,
             num_frames=arguments.num_frames,
             num_inference_steps=arguments.steps,
             guidance_scale=arguments.guidance_scale,
