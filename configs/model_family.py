@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
@@ -87,6 +88,12 @@ class ModelFamily(BaseModel):
     """Input images one request may have."""
     sharded: bool = True
     """Whether its transformer can be sharded over several ranks."""
+
+    def num_tokens(self, width: int, height: int, num_frames: int) -> int:
+        """Tokens of the sequence that the transformer computes for an output of this size, in pixels and frames: one
+        for each square of `size_multiple` in each group of `frame_multiple` frames, the first frame being a group."""
+        across, down = (math.ceil(side / self.size_multiple) for side in (width, height))
+        return across * down * (1 + math.ceil((num_frames - 1) / self.frame_multiple))
 
     def defaults_for(self, task: str) -> SamplingDefaults:
         """The defaults of one task. A picture is one frame, whatever length the family's clips have."""

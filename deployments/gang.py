@@ -299,4 +299,6 @@ async def _result(reference: Any) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, RayTaskError):
+        error = error.cause  # its own first line is the call's, in colour
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

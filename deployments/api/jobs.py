@@ -128,6 +128,13 @@ async def _submission(
     if images:
         default_size = size_like(images[0].size, default_size, card.family.size_multiple)
     width, height = _frame_size(wanted, default_size, services.args.max_pixels)
+    num_tokens = card.family.num_tokens(width, height, output.get("num_frames", 1))
+    if num_tokens < services.args.parallel.sp_degree:
+        raise _refused(
+            _size_param(wanted),
+            f"{width}x{height} is {num_tokens} token(s) of {card.family.size_multiple}x{card.family.size_multiple} "
+            f"pixels, fewer than the {services.args.parallel.sp_degree} ranks that are to share them",
+        )
     inputs = [image.data for image in images]
     job = Job(
         id=job_id,
@@ -193,9 +200,13 @@ def _frame_size(wanted: GenerationRequest, default: tuple[int, int], max_pixels:
     width, height = wanted.size or default
     width, height = wanted.width or width, wanted.height or height
     if not 1 <= width * height <= max_pixels:
-        param = "size" if wanted.width is wanted.height is None else "width" if wanted.width else "height"
-        raise _refused(param, f"{width}x{height} is asked for; a frame has 1 to {max_pixels} pixels")
+        raise _refused(_size_param(wanted), f"{width}x{height} is asked for; a frame has 1 to {max_pixels} pixels")
     return width, height
+
+
+def _size_param(wanted: GenerationRequest) -> str:
+    """The parameter that an output's size comes from."""
+    return "size" if wanted.width is wanted.height is None else "width" if wanted.width else "height"
 
 
 def _seeds(wanted: GenerationRequest) -> tuple[int, ...]:

@@ -104,6 +104,14 @@ def test_its_defaults_are_of_parameters_it_reads_and_of_sizes_it_computes(family
         assert Task(task).is_video or defaults.num_frames == 1
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "num_frames", "num_tokens"), [(832, 480, 81, 32760), (16, 16, 1, 1), (17, 1, 2, 4)]
+)
+def test_tokens_are_squares_in_groups_of_frames(width: int, height: int, num_frames: int, num_tokens: int) -> None:
+    wan = next(family for family in FAMILIES if family.name == "wan2.1-t2v")
+    assert wan.num_tokens(width, height, num_frames) == num_tokens
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=by_name)
 def test_by_default_an_edit_by_strength_sees_its_image(family: ModelFamily) -> None:
     """diffusers leaves out the first `int(steps * (1 - strength))` steps: with none left out it starts from noise."""

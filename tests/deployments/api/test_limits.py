@@ -50,6 +50,28 @@ async def test_up_to_a_limit_is_accepted(http: httpx2.AsyncClient, fields: dict)
     assert (await http.post("/v1/videos", json={"prompt": "p", **fields})).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("route", "fields", "param"),
+    [
+        ("images/generations", {"size": "1x1"}, "size"),
+        ("images/generations", {"size": "48x16"}, "size"),
+        ("images/generations", {"width": 16, "height": 48}, "width"),
+        ("images/generations", {"size": "49x16"}, None),
+        ("images/generations", {"size": "17x17"}, None),
+        ("videos", {"size": "16x16", "num_frames": 3}, "size"),
+        ("videos", {"size": "16x16", "num_frames": 4}, None),
+    ],
+)
+async def test_each_rank_needs_a_token(tmp_path: Path, route: str, fields: dict, param: str | None) -> None:
+    async with running_app(tmp_path, num_gpus=4, ulysses_degree=2) as (app, _), client(app) as http:
+        answer = await http.post(f"/v1/{route}", json={"prompt": "p", **fields})
+    if param is None:
+        assert answer.status_code == 200
+    else:
+        assert refused(answer) == (400, param)
+        assert "fewer than the 4 ranks" in answer.json()["error"]["message"]
+
+
 async def test_a_picture_as_large_as_allowed_is_accepted_and_one_byte_more_is_not(http: httpx2.AsyncClient) -> None:
     for extra, status in ((b"", 200), (b"x", 413)):
         data = PICTURE + extra

@@ -31,10 +31,18 @@ def test_there_are_four_ranks(four_ranks: Server) -> None:
     assert len(four_ranks.ranks()) == 4
 
 
-@pytest.mark.parametrize("fields", [{"size": "128x128"}, {"size": "80x48"}, {"n": 2}], ids=str)
+@pytest.mark.parametrize("fields", [{"size": "128x128"}, {"size": "80x48"}, {"size": "64x16"}, {"n": 2}], ids=str)
 def test_a_picture_is_the_one_of_a_single_rank(four_ranks: Server, server: Server, fields: dict[str, Any]) -> None:
     ours, theirs = (pixels(each.picture(seed=5, **fields)) for each in (four_ranks, server))
     assert np.abs(ours - theirs).max() <= 1
+
+
+def test_a_picture_of_fewer_tokens_than_ranks_is_refused(four_ranks: Server) -> None:
+    """The last rank would have nothing to compute, and its failure break the gang."""
+    ranks = four_ranks.ranks()
+    answer = four_ranks.http.post("/v1/images/generations", json={**SMALL, "size": "48x16"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "size")
+    assert four_ranks.ranks() == ranks
 
 
 def test_an_edit_is_the_one_of_a_single_rank(four_ranks: Server, server: Server) -> None:
