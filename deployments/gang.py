@@ -236,7 +236,7 @@ class Gang:
         if not failures:
             self.composition = composition
             return
-        causes = [failure.cause if isinstance(failure, RayTaskError) else failure for failure in failures]
+        causes = [_cause(failure) for failure in failures]
         cause = causes[0]
         if len(causes) < len(outcomes) or len({type(cause) for cause in causes}) > 1:
             raise GangBroken(f"ranks differ after a merge: {_first_line(cause)}")
@@ -298,7 +298,11 @@ async def _result(reference: Any) -> Any:
     return await value if isinstance(value, ray.ObjectRef) else value
 
 
+def _cause(error: BaseException) -> BaseException:
+    """What the call raised, where Ray tells of a failed call: its own first line is the call's name, in colour."""
+    return error.cause if isinstance(error, RayTaskError) else error
+
+
 def _first_line(error: BaseException) -> str:
-    if isinstance(error, RayTaskError):
-        error = error.cause  # its own first line is the call's, in colour
+    error = _cause(error)
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from configs.model_family import ModelCard, SamplingDefaults
+from configs.model_family import ModelCard, ModelFamily, SamplingDefaults
 from configs.server_args import ServerArgs
 from deployments import log
 from deployments.api.inputs import Picture, input_image, input_mask
@@ -128,13 +128,7 @@ async def _submission(
     if images:
         default_size = size_like(images[0].size, default_size, card.family.size_multiple)
     width, height = _frame_size(wanted, default_size, services.args.max_pixels)
-    num_tokens = card.family.num_tokens(width, height, output.get("num_frames", 1))
-    if num_tokens < services.args.parallel.sp_degree:
-        raise _refused(
-            _size_param(wanted),
-            f"{width}x{height} is {num_tokens} token(s) of {card.family.size_multiple}x{card.family.size_multiple} "
-            f"pixels, fewer than the {services.args.parallel.sp_degree} ranks that are to share them",
-        )
+    _require_tokens(services.args.parallel.sp_degree, wanted, card.family, width, height, output.get("num_frames", 1))
     inputs = [image.data for image in images]
     job = Job(
         id=job_id,
@@ -202,6 +196,20 @@ def _frame_size(wanted: GenerationRequest, default: tuple[int, int], max_pixels:
     if not 1 <= width * height <= max_pixels:
         raise _refused(_size_param(wanted), f"{width}x{height} is asked for; a frame has 1 to {max_pixels} pixels")
     return width, height
+
+
+def _require_tokens(
+    ranks: int, wanted: GenerationRequest, family: ModelFamily, width: int, height: int, num_frames: int
+) -> None:
+    """Each of the ranks that share the sequence needs a token of it: on an empty shard some transformers fail, and a
+    rank that fails alone breaks its gang."""
+    num_tokens = family.num_tokens(width, height, num_frames)
+    if num_tokens < ranks:
+        raise _refused(
+            _size_param(wanted),
+            f"{width}x{height} is {num_tokens} token(s) of {family.size_multiple}x{family.size_multiple} pixels, "
+            f"fewer than the {ranks} ranks that are to share them",
+        )
 
 
 def _size_param(wanted: GenerationRequest) -> str:
