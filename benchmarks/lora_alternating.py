@@ -89,7 +89,7 @@ class Cost:
 
 def rank_seconds(server: Server) -> float:
     """CPU time of the server's rank so far."""
-    (rank,) = (process for process in server.processes() if process.name().startswith("ray::Rank"))
+    (rank,) = server.processes("ray::Rank")
     times = rank.cpu_times()
     return times.user + times.system
 

@@ -102,20 +102,21 @@ class Server:
         assert video["status"] == "completed", video
         return self.http.get(f"/v1/videos/{video['id']}/content").content
 
-    def processes(self) -> list[psutil.Process]:
-        """Every living process that the server has started, itself among them."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                alive = process.status() != psutil.STATUS_ZOMBIE
-                if alive and process.environ().get(MARK) == str(self.port):
-                    found.append(process)
-        return found
+    def processes(self, title: str = "") -> list[psutil.Process]:
+        """Every living process that the server has started, itself among them, whose title starts with `title`.
+
+        They are as they were when they were listed, in `info`: any may end while it is looked at.
+        """
+        return [
+            process
+            for process in psutil.process_iter(["cmdline", "environ"])
+            if (process.info["environ"] or {}).get(MARK) == str(self.port)  # a dead process has an empty one, or none
+            and " ".join(process.info["cmdline"] or ()).startswith(title)
+        ]
 
     def ranks(self) -> list[psutil.Process]:
         """Rank 0, the leader, first: they are spawned one after the other."""
-        ranks = [process for process in self.processes() if process.name().startswith("ray::Rank")]
-        return sorted(ranks, key=lambda process: process.create_time())
+        return sorted(self.processes("ray::Rank"), key=lambda process: process.create_time())
 
     def stop(self, signal_number: int = signal.SIGTERM, seconds: float = 60.0) -> int:
         """Send a signal and give the exit status."""

@@ -93,7 +93,7 @@ def test_a_started_server_has_said_one_line(server: Server) -> None:
 
 
 def test_no_process_of_rays_runs_that_a_server_has_no_use_for(server: Server) -> None:
-    commands = [" ".join(process.cmdline()) for process in server.processes()]
+    commands = [" ".join(process.info["cmdline"]) for process in server.processes()]
     assert any("gcs_server" in command for command in commands)
     unused = ("dashboard.py", "log_monitor.py", "monitor.py")
     assert [command for command in commands if any(f"/{name}" in command for name in unused)] == []

@@ -20,7 +20,7 @@ from tests.e2e.pictures import decoded_frames, opened
 from tests.e2e.server import SHORT, Server, running
 
 CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
-
+ENGINE = "ray::ServeReplica:ditserve:Engine"
 
 AUTOSCALING = {
     "min_replicas": 1,
@@ -87,7 +87,7 @@ def test_it_keeps_its_state_where_it_was_started(deployed: Server) -> None:
 
 def test_serve_adds_engine_replicas_as_the_queue_demands_and_takes_them_away(deployed: Server) -> None:
     expected = deployed.picture(seed=3)
-    assert len(engines(deployed)) == 1
+    assert len(deployed.processes(ENGINE)) == 1
     enough = Event()
     with ThreadPoolExecutor(8) as clients:
         asking = [clients.submit(keep_asking, deployed, enough) for _ in range(8)]
@@ -96,7 +96,7 @@ def test_serve_adds_engine_replicas_as_the_queue_demands_and_takes_them_away(dep
         finally:
             enough.set()
         assert set().union(*(client.result() for client in asking)) == {expected}
-    wait_until(lambda: len(engines(deployed)) == 1)
+    wait_until(lambda: len(deployed.processes(ENGINE)) == 1)
     assert deployed.picture(seed=3) == expected
 
 
@@ -105,10 +105,6 @@ def keep_asking(server: Server, enough: Event) -> set[bytes]:
     while not enough.is_set():
         pictures.add(server.picture(seed=3))
     return pictures
-
-
-def engines(server: Server) -> list[psutil.Process]:
-    return [each for each in server.processes() if each.cmdline()[0].startswith("ray::ServeReplica:ditserve:Engine")]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

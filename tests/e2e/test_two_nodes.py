@@ -48,19 +48,18 @@ def ray_node(host: Host, folder: Path, *flags: str) -> Iterator[None]:
         node.wait()
 
 
-def processes(host: Host) -> list[psutil.Process]:
-    """All that Ray runs on `host`."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.environ().get(MARK) == host.address:
-                found.append(process)
-    return found
+def processes(host: Host, title: str = "") -> list[psutil.Process]:
+    """What Ray runs on `host`, of processes whose title starts with `title`."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline", "environ"])
+        if (process.info["environ"] or {}).get(MARK) == host.address
+        and " ".join(process.info["cmdline"] or ()).startswith(title)
+    ]
 
 
 def ranks(host: Host) -> int:
-    titles = [" ".join(process.cmdline()) for process in processes(host)]
-    return sum(title.startswith("ray::Rank") for title in titles)
+    return len(processes(host, "ray::Rank"))
 
 
 def url(host: Host, path: str) -> str:
