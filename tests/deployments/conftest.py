@@ -6,7 +6,7 @@ import pytest
 os.environ["RAY_AUTH_MODE"] = "disabled"  # else Ray writes a token below HOME
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_cluster() -> Iterator[None]:
     """One local Ray cluster for all tests of this folder."""
     import ray

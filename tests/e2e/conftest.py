@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.e2e)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The bundled model on one rank, for all tests that leave no trace in it.
 
@@ -30,7 +30,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def painter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A tiny FLUX.1, which makes, edits and inpaints pictures and nothing else, behind a public URL."""
     folder = tmp_path_factory.mktemp("painter")

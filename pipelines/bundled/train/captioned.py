@@ -126,15 +126,18 @@ def latents_of(vae_directory: Path, output: Path) -> Path:
 
 
 def load_latents(vae: AutoencoderKLWan, recipe: Recipe, bucket: Bucket, directory: Path) -> torch.Tensor:
-    """The latents (N, C, T', h, w), in float16, of the bucket's cached scenes, encoded now if `directory` has none."""
+    """The latents (N, C, T', h, w), in float16, of the bucket's cached scenes: those that `directory` has, from a run
+    with fewer scenes perhaps, and those that are encoded now, and kept there."""
     count = cached_scenes(recipe, bucket)
     shape = f"{bucket.width}x{bucket.height}x{bucket.num_frames}"
-    path = directory / f"{shape}-{count}-of-{recipe.nouns}-nouns-{recipe.seed}.safetensors"
-    if not path.exists():
+    scenes = f"{recipe.nouns}-nouns-{recipe.moving_share}-moving-{recipe.seed}"
+    path = directory / f"{shape}-of-{scenes}.safetensors"
+    parts = [load_file(path)["latents"][:count]] if path.exists() else []
+    missing = range(sum(map(len, parts)), count)
+    if missing:
+        for start in tqdm(missing[::64], desc=f"encode {shape}", unit="batch"):
+            batch = [scene_of(recipe, bucket, index) for index in range(start, min(start + 64, count))]
+            parts.append(encode(vae, draw(batch, bucket)).half().cpu())
         directory.mkdir(parents=True, exist_ok=True)
-        parts = []
-        for start in tqdm(range(0, count, 64), desc=f"encode {shape}", unit="batch"):
-            scenes = [scene_of(recipe, bucket, index) for index in range(start, min(start + 64, count))]
-            parts.append(encode(vae, draw(scenes, bucket)).half().cpu())
         save_file({"latents": torch.cat(parts).contiguous()}, path)
-    return load_file(path)["latents"]
+    return torch.cat(parts)

@@ -16,13 +16,14 @@ from transformers import PreTrainedTokenizerFast
 
 from configs.server_args import ServerArgs
 from pipelines.bundled.train import __main__ as command
-from pipelines.bundled.train.captioned import latents_of
+from pipelines.bundled.train import captioned
+from pipelines.bundled.train.captioned import latents_of, load_latents
 from pipelines.bundled.train.dit import DiTStage
 from pipelines.bundled.train.export import export_vae
 from pipelines.bundled.train.loop import Limits, Stage, save_checkpoint, train
 from pipelines.bundled.train.lora import LoRAStage
 from pipelines.bundled.train.networks import build_vae
-from pipelines.bundled.train.recipe import Recipe
+from pipelines.bundled.train.recipe import Bucket, Recipe
 from pipelines.bundled.train.samples import sheet
 from pipelines.bundled.train.vae import MotionStage, VAEStage
 from pipelines.job import Task
@@ -245,3 +246,20 @@ def test_a_sheet_shows_each_picture_above_its_prompt() -> None:
     page = sheet(pictures, ("one", "two", "three", "four", "five"))
     assert page.size == (4 * 64, 2 * (64 + 28))
     assert page.getpixel((10, 64 + 28 + 10)) == (255, 255, 0)
+
+
+def test_a_recipe_of_more_scenes_keeps_the_latents_of_those_that_are_encoded(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    draw = captioned.draw
+    monkeypatch.setattr(captioned, "draw", lambda scenes, bucket: drawn.append(len(scenes)) or draw(scenes, bucket))
+    vae, bucket = AutoencoderKLWan.from_pretrained(trained / "vae"), Bucket(32, 32, 1, batch_size=1)
+    two, three = (replace(RECIPE, cached_pixels=scenes * 32 * 32) for scenes in (2, 3))
+    first = load_latents(vae, two, bucket, tmp_path)
+    all_three = load_latents(vae, three, bucket, tmp_path)
+    assert drawn == [2, 1]
+    assert torch.equal(all_three[:2], first)
+    assert torch.equal(load_latents(vae, three, bucket, tmp_path), all_three)
+    assert torch.equal(load_latents(vae, two, bucket, tmp_path), first)
+    assert drawn == [2, 1]
