@@ -138,12 +138,12 @@ CPU = Recipe(
         ema_decay=0.99,
     ),
     dit=StageRecipe(
-        steps=11_300,
+        steps=12_500,
         phases=(
-            Phase(0.177, (Bucket(96, 96, 1, 96),)),
-            Phase(0.267, (_CPU_STILL,)),
+            Phase(0.16, (Bucket(96, 96, 1, 96),)),
+            Phase(0.2414, (_CPU_STILL,)),
             Phase(
-                0.485,
+                0.4384,
                 (
                     Bucket(64, 64, 9, 144, 2.0),  # where a direction is learned for the least: 48 tokens a clip
                     Bucket(96, 96, 9, 72),
@@ -153,7 +153,7 @@ CPU = Recipe(
                 ),
             ),
             Phase(
-                0.7526,
+                0.6803,
                 (
                     _CPU_STILL,
                     Bucket(256, 256, 1, 32, 0.8),
@@ -169,7 +169,7 @@ CPU = Recipe(
             ),
             # Large pictures and clips on some 800 tokens of each, in 2 to 3 s a step.
             Phase(
-                0.956,
+                0.8642,
                 (
                     Bucket(256, 256, 1, 32, 0.6),
                     Bucket(512, 512, 1, 16, 1.0, token_share=0.5),
@@ -180,7 +180,7 @@ CPU = Recipe(
                 ),
             ),
             Phase(
-                1.0,
+                0.9039,
                 (
                     Bucket(256, 256, 1, 32),
                     Bucket(512, 512, 1, 8, 0.8),
@@ -188,6 +188,26 @@ CPU = Recipe(
                     Bucket(128, 128, 17, 24, 0.6),
                     Bucket(256, 256, 17, 6, 1.6),
                     Bucket(512, 288, 17, 2, 0.3),
+                ),
+            ),
+            Phase(
+                0.957,
+                (
+                    Bucket(256, 256, 1, 32, 0.6),
+                    Bucket(512, 512, 1, 16, 0.8, token_share=0.5),
+                    Bucket(1024, 1024, 1, 8, 0.8, token_share=0.25),
+                    Bucket(256, 256, 17, 10, 2.0, token_share=0.5),
+                    Bucket(512, 288, 17, 10, 0.5, token_share=0.25),
+                ),
+            ),
+            Phase(
+                1.0,
+                (
+                    Bucket(256, 256, 1, 32, 0.8),
+                    Bucket(512, 512, 1, 8, 0.8),
+                    Bucket(1024, 1024, 1, 2, 1.0),
+                    Bucket(256, 256, 17, 6, 2.0),
+                    Bucket(512, 288, 17, 2, 0.4),
                 ),
             ),
         ),
@@ -200,8 +220,8 @@ CPU = Recipe(
         steps=700, phases=(Phase(1.0, (Bucket(128, 128, 1, 24),)),), matrix_learning_rate=1e-3, learning_rate=1e-3
     ),
     cached_pixels=3 * 2**26,
-    # 240 clips of 256x256 were too few: 0.13 of loss on them and 0.19 on others. 2**28 were that; these are 722.
-    cached_clip_pixels=3 * 2**28,
+    # 240 clips of 256x256 (2**28) were too few: 0.13 of loss on them and 0.19 on others. These are 1204.
+    cached_clip_pixels=5 * 2**28,
     moving_share=0.3,
     defaults={"width": 256, "height": 256, "num_frames": 17, "num_inference_steps": 12, "guidance_scale": 3.0},
 )
