@@ -103,16 +103,8 @@ class Server:
         return self.http.get(f"/v1/videos/{video['id']}/content").content
 
     def processes(self, title: str = "") -> list[psutil.Process]:
-        """Every living process that the server has started, itself among them, whose title starts with `title`.
-
-        They are as they were when they were listed, in `info`: any may end while it is looked at.
-        """
-        return [
-            process
-            for process in psutil.process_iter(["cmdline", "environ"])
-            if (process.info["environ"] or {}).get(MARK) == str(self.port)  # a dead process has an empty one, or none
-            and " ".join(process.info["cmdline"] or ()).startswith(title)
-        ]
+        """Every living process that the server has started, itself among them, whose title starts with `title`."""
+        return marked_processes(str(self.port), title)
 
     def ranks(self) -> list[psutil.Process]:
         """Rank 0, the leader, first: they are spawned one after the other."""
@@ -122,6 +114,19 @@ class Server:
         """Send a signal and give the exit status."""
         self.process.send_signal(signal_number)
         return self.process.wait(seconds)
+
+
+def marked_processes(mark: str, title: str = "") -> list[psutil.Process]:
+    """Every living process with this `MARK` in its environment, whose title starts with `title`.
+
+    They are as they were when they were listed, in `info`: any may end while it is looked at.
+    """
+    return [
+        process
+        for process in psutil.process_iter(["cmdline", "environ"])
+        if (process.info["environ"] or {}).get(MARK) == mark  # a dead process has an empty one, or none
+        and " ".join(process.info["cmdline"] or ()).startswith(title)
+    ]
 
 
 @contextmanager

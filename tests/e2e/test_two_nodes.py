@@ -17,7 +17,7 @@ import pytest
 
 from tests import tiny_models
 from tests.e2e.hosts import Host, can_be_made, hosts
-from tests.e2e.server import ANSWER_SECONDS, MARK, SHORT, SMALL, START_SECONDS, running
+from tests.e2e.server import ANSWER_SECONDS, MARK, SHORT, SMALL, START_SECONDS, marked_processes, running
 
 RAY_PORT = 6379
 PORT = 30000
@@ -50,12 +50,7 @@ def ray_node(host: Host, folder: Path, *flags: str) -> Iterator[None]:
 
 def processes(host: Host, title: str = "") -> list[psutil.Process]:
     """What Ray runs on `host`, of processes whose title starts with `title`."""
-    return [
-        process
-        for process in psutil.process_iter(["cmdline", "environ"])
-        if (process.info["environ"] or {}).get(MARK) == host.address
-        and " ".join(process.info["cmdline"] or ()).startswith(title)
-    ]
+    return marked_processes(host.address, title)
 
 
 def ranks(host: Host) -> int:

@@ -134,10 +134,12 @@ def load_latents(vae: AutoencoderKLWan, recipe: Recipe, bucket: Bucket, director
     path = directory / f"{shape}-of-{scenes}.safetensors"
     parts = [load_file(path)["latents"][:count]] if path.exists() else []
     missing = range(sum(map(len, parts)), count)
-    if missing:
-        for start in tqdm(missing[::64], desc=f"encode {shape}", unit="batch"):
-            batch = [scene_of(recipe, bucket, index) for index in range(start, min(start + 64, count))]
-            parts.append(encode(vae, draw(batch, bucket)).half().cpu())
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": torch.cat(parts).contiguous()}, path)
-    return torch.cat(parts)
+    if not missing:
+        return parts[0]
+    for start in tqdm(missing[::64], desc=f"encode {shape}", unit="batch"):
+        batch = [scene_of(recipe, bucket, index) for index in range(start, min(start + 64, count))]
+        parts.append(encode(vae, draw(batch, bucket)).half().cpu())
+    latents = torch.cat(parts).contiguous()
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({"latents": latents}, path)
+    return latents
