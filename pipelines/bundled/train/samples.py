@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--size", type=int, default=256, help="of each, in pixels")
     parser.add_argument("--num-frames", type=int, default=1, help="of clips, whose sheet is an animation")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lora", type=Path, help="file of an adapter")
