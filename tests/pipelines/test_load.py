@@ -54,7 +54,7 @@ def test_the_weights_are_those_on_disk(tiny_model_path: SavedModel) -> None:
 def test_without_a_path_the_bundled_model_is_loaded() -> None:
     model = load_model(ServerArgs(device="cpu"))
     assert Task.TEXT_TO_IMAGE in model.pipeline_classes
-    assert model.card.family.defaults.num_inference_steps == 12, "its own ditserve.yaml says so"
+    assert model.card.family.defaults.num_inference_steps == 8, "its own ditserve.yaml says so"
 
 
 def test_a_model_of_no_known_family_is_described_by_its_pipelines(tiny_model_path: SavedModel) -> None:
