@@ -14,15 +14,13 @@ import argparse
 import itertools
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx2
 import torch
 from diffusers import DiffusionPipeline
 
+from benchmarks.timing import seconds
 from pipelines.media import encode_image, encode_video
 from pipelines.outputs import to_frame
 from tests.e2e.server import Server, running_server
@@ -57,18 +55,12 @@ def main() -> None:
         for model in dict.fromkeys(case.model for case in CASES):
             directory = save(model, Path(folder))
             for ranks in arguments.ranks:
-                flags = ("--model-path", str(directory), "--num-gpus", str(ranks))
-                with running_server(Path(folder), *flags) as server, client_of(server) as client:
+                with running_server(Path(folder), "--model-path", str(directory), "--num-gpus", str(ranks)) as server:
                     for case in (case for case in CASES if case.model == model):
-                        print(compare(case, directory, client, ranks, arguments.requests), flush=True)
+                        print(compare(case, directory, server, ranks, arguments.requests), flush=True)
 
 
-def client_of(server: Server) -> httpx2.Client:
-    """One for all requests: to make one takes 30 ms and more, most of it for the certificates of TLS."""
-    return httpx2.Client(base_url=server.base_url, timeout=600)
-
-
-def compare(case: Case, directory: Path, client: httpx2.Client, ranks: int, requests: int) -> str:
+def compare(case: Case, directory: Path, server: Server, ranks: int, requests: int) -> str:
     pipeline = DiffusionPipeline.from_pretrained(directory)
     pipeline.set_progress_bar_config(disable=True)
 
@@ -91,47 +83,23 @@ def compare(case: Case, directory: Path, client: httpx2.Client, ranks: int, requ
             encode_image(to_frame(pixels), "png")
 
     def served() -> None:
-        (request_clip if case.num_frames > 1 else request_picture)(client, case, next(prompts))
+        size = f"{case.width}x{case.height}"
+        if case.num_frames > 1:
+            server.clip(prompt=next(prompts), size=size, num_inference_steps=case.steps, num_frames=case.num_frames)
+        else:
+            server.picture(prompt=next(prompts), size=size, num_inference_steps=case.steps)
 
     for _ in range(2):
         bare()
         served()
-    pairs = [(milliseconds(bare), milliseconds(served)) for _ in range(requests)]
-    bare_p50, served_p50 = (statistics.median(column) for column in zip(*pairs, strict=True))
+    pairs = [(seconds(bare), seconds(served)) for _ in range(requests)]
+    bare_p50, served_p50 = (1e3 * statistics.median(column) for column in zip(*pairs, strict=True))
     quoted = case.sglang_ms.get(ranks)
     beside = f", {served_p50 / quoted:.2f} of SGLang's {quoted:.0f} ms" if quoted else ""
     return (
         f"{case.name}, {ranks} rank(s): bare {bare_p50:.0f} ms, served {served_p50:.0f} ms "
         f"(ratio {served_p50 / bare_p50:.2f}){beside}"
     )
-
-
-def request_picture(client: httpx2.Client, case: Case, prompt: str) -> None:
-    body = {"prompt": prompt, "size": f"{case.width}x{case.height}", "num_inference_steps": case.steps}
-    client.post("/v1/images/generations", json=body).raise_for_status()
-
-
-def request_clip(client: httpx2.Client, case: Case, prompt: str) -> None:
-    """Until the file is here. A look costs the processes some 10 ms of CPU: one every 5 ms doubled a clip's time."""
-    body = {
-        "prompt": prompt,
-        "size": f"{case.width}x{case.height}",
-        "num_inference_steps": case.steps,
-        "num_frames": case.num_frames,
-    }
-    video = client.post("/v1/videos", json=body).raise_for_status().json()
-    while video["status"] != "completed":
-        if video["status"] == "failed":
-            raise RuntimeError(video["error"])
-        time.sleep(0.05)
-        video = client.get(f"/v1/videos/{video['id']}").json()
-    client.get(f"/v1/videos/{video['id']}/content").raise_for_status()
-
-
-def milliseconds(call: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - started)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from diffusers import WanPipeline
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from configs.model_family import family_in
 from pipelines.convolution import skip_padding
 
 PROMPTS = (
@@ -43,9 +44,6 @@ CLIP_PROMPTS = (
     "a sun growing at sunset",
 )
 
-FPS = 8
-"""Of the sheet of clips: the bundled model's default."""
-
 COLUMNS = 4
 TEXT_HEIGHT = 28
 """Pixels under each picture: two lines of Pillow's own font."""
@@ -57,11 +55,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--size", type=int, default=256, help="of each, in pixels")
     parser.add_argument("--num-frames", type=int, default=1, help="of clips, whose sheet is an animation")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, help="in place of the model's default")
+    parser.add_argument("--guidance-scale", type=float, help="in place of the model's default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lora", type=Path, help="file of an adapter")
     arguments = parser.parse_args()
+    family = family_in(arguments.model)
+    assert family is not None
+    defaults = family.defaults
     pipeline = WanPipeline.from_pretrained(arguments.model, dtype=torch.float32)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
     skip_padding(pipeline.vae)
@@ -74,8 +75,8 @@ def main() -> None:
             width=arguments.size,
             height=arguments.size,
             num_frames=arguments.num_frames,
-            num_inference_steps=arguments.steps,
-            guidance_scale=arguments.guidance_scale,
+            num_inference_steps=arguments.steps or defaults.num_inference_steps,
+            guidance_scale=defaults.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale,
             generator=torch.Generator().manual_seed(arguments.seed),
             output_type="pil",
         ).frames[0]
@@ -83,7 +84,7 @@ def main() -> None:
     ]
     first, *others = [sheet(list(pictures), prompts) for pictures in zip(*clips, strict=True)]
     if others:
-        first.save(arguments.output, save_all=True, append_images=others, duration=1000 // FPS, loop=0)
+        first.save(arguments.output, save_all=True, append_images=others, duration=1000 // defaults.fps, loop=0)
     else:
         first.save(arguments.output)
 
