@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, StringConstraints, model_validator
 
 from configs.parallel import ParallelDims
 
@@ -68,7 +68,8 @@ class ServerArgs(BaseModel):
     )
     attention_backend: str | None = Field(
         None,
-        description="Attention kernel by its diffusers name (native, flash, sage, …). A ring has its own.",
+        description="Attention kernel by its diffusers name (native, flash, sage, …) or SGLang's (torch_sdpa, fa, "
+        "sage_attn). A ring has its own.",
     )
     enable_torch_compile: bool = Field(False, description="Compile the transformer's repeated blocks.")
     text_encoder_cpu_offload: bool = Field(False, description="Keep text encoders in host memory between uses.")
@@ -83,7 +84,7 @@ class ServerArgs(BaseModel):
         None, description="Adapter merged at start: a .safetensors file, a folder or a Hugging Face repo id."
     )
     lora_nickname: str = Field("default", min_length=1, description="Nickname of the adapter merged at start.")
-    lora_scale: float = Field(1.0, description="Strength of the adapter merged at start.")
+    lora_scale: FiniteFloat = Field(1.0, description="Strength of the adapter merged at start.")
     lora_switch: Literal["refuse", "auto"] = Field(
         "refuse",
         description="What set_lora does while another adapter is merged: refuse with 409, or switch to the new one.",
@@ -113,8 +114,8 @@ class ServerArgs(BaseModel):
         False, description="Let a running video finish instead of giving way to pictures between two steps."
     )
 
-    output_path: str = Field("outputs", description="Where images and videos are kept: a folder or an fsspec URL.")
-    state_path: str = Field("outputs/jobs.sqlite3", description="SQLite file that holds the video jobs.")
+    output_path: str = Field("outputs", min_length=1, description="Where images and videos are kept: a folder or an fsspec URL.")
+    state_path: str = Field("outputs/jobs.sqlite3", min_length=1, description="SQLite file that holds the video jobs.")
     video_ttl: float | None = Field(
         None, gt=0, description="Seconds a finished video or a stored picture is kept. Left out: until it is deleted."
     )
@@ -142,6 +143,12 @@ class ServerArgs(BaseModel):
     @model_validator(mode="after")
     def _degrees_agree(self) -> ServerArgs:
         _ = self.parallel
+        return self
+
+    @model_validator(mode="after")
+    def _ring_has_its_kernel(self) -> ServerArgs:
+        if self.attention_backend is not None and self.parallel.ring_degree > 1:
+            raise ValueError("attention_backend: ring attention has a kernel of its own; leave it out")
         return self
 
     @model_validator(mode="after")

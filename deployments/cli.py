@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from configs.server_args import ServerArgs
 from deployments.api.protocol.requests import VideoRequest
-from deployments.cluster import APPLICATION, PROXY_ENVIRONMENT, StartFailed, served
+from deployments.cluster import APPLICATION, PROXY_ENVIRONMENT, StartFailed, http_options, logging_config, served
 from deployments.errors import APIError
 from deployments.generate import MODEL_FIELDS, SAMPLING_FIELDS, generate_files
 
@@ -138,10 +138,12 @@ def _generate(output_path: Path, image_path: list[Path], **flags: Any) -> int:
 
 def serve_config(args: ServerArgs) -> str:
     """The YAML with which `serve run` gives the same server."""
-    set_args = args.model_dump(mode="json", exclude_defaults=True, exclude={"host", "port"})
+    # What Ray and Serve are started with stands outside of the application's arguments, or in `ray start`.
+    set_args = args.model_dump(mode="json", exclude_defaults=True, exclude={"host", "port", "metrics_port"})
     config = {
         "proxy_location": "HeadOnly",
-        "http_options": {"host": args.host, "port": args.port, "keep_alive_timeout_s": 90},
+        "http_options": http_options(args),
+        "logging_config": logging_config(args),
         "controller_options": {"runtime_env": {"env_vars": PROXY_ENVIRONMENT}},
         "applications": [
             {"name": APPLICATION, "route_prefix": "/", "import_path": "deployments.app:build", "args": set_args}

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partialmethod
 from itertools import islice
+from typing import Any
 
 from configs.server_args import ServerArgs
 from deployments.errors import APIError
@@ -104,12 +105,8 @@ def served(args: ServerArgs) -> Iterator[ServerArgs]:
         stack.callback(ray.shutdown)
         serve.start(
             proxy_location="EveryNode" if joined else "HeadOnly",
-            http_options={"host": args.host, "port": args.port, "keep_alive_timeout_s": 90},
-            logging_config={
-                "log_level": args.log_level.upper(),
-                "encoding": args.log_format.upper(),
-                "enable_access_log": False,  # the ingress has its own
-            },
+            http_options=http_options(args),
+            logging_config=logging_config(args),
             # A cluster started here has inherited it, and saves the 2 s that Ray takes to make runtime environments.
             controller_options={"runtime_env": {"env_vars": environment}} if joined else None,
         )
@@ -125,6 +122,16 @@ def served(args: ServerArgs) -> Iterator[ServerArgs]:
         except APIError as error:
             raise StartFailed(str(error)) from None
         yield settle(args)
+
+
+def http_options(args: ServerArgs) -> dict[str, Any]:
+    """Where Serve's proxies listen. A picture may take minutes: no request is ended for its time."""
+    return {"host": args.host, "port": args.port, "keep_alive_timeout_s": 90}
+
+
+def logging_config(args: ServerArgs) -> dict[str, Any]:
+    """How Serve's own processes log. The ingress has a log of requests of its own."""
+    return {"log_level": args.log_level.upper(), "encoding": args.log_format.upper(), "enable_access_log": False}
 
 
 def _start_nothing(node: object, **settings: object) -> None:

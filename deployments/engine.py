@@ -132,7 +132,7 @@ class Engine:
 
         def expire() -> None:
             message = f"The job was not done within its {seconds:g} s"
-            error = APIError(504, message, code="timeout", headers={"x-should-retry": "false"})
+            error = APIError(504, message, code="timeout")
             self._abandon(ticket, "timeout", error)
 
         timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, expire)

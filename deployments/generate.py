@@ -13,7 +13,12 @@ from tqdm import tqdm
 from configs.model_family import ModelCard
 from configs.server_args import ServerArgs
 from deployments.api.jobs import Submission, image_submission, video_submission
-from deployments.api.protocol.requests import ImageEditRequest, ImageGenerationRequest, VideoRequest
+from deployments.api.protocol.requests import (
+    ImageEditRequest,
+    ImageGenerationRequest,
+    ImageRequest,
+    VideoRequest,
+)
 from deployments.api.services import Services
 from deployments.errors import APIError
 from deployments.interfaces import Engine, LoRARequest, State
@@ -21,6 +26,9 @@ from pipelines.job import Event, Job, LoRASpec, Media, Progress, Result, Task
 
 if TYPE_CHECKING:
     from pipelines.load import Model
+
+CLIP_FIELDS = ("seconds", "num_frames", "fps")
+"""Request fields that only clips have."""
 
 SAMPLING_FIELDS = (
     "prompt",
@@ -36,9 +44,7 @@ SAMPLING_FIELDS = (
     "true_cfg_scale",
     "flow_shift",
     "strength",
-    "seconds",
-    "num_frames",
-    "fps",
+    *CLIP_FIELDS,
 )
 """Request fields that are flags of the command, in the words of the API."""
 
@@ -95,16 +101,18 @@ def generate_files(
     Raises:
         APIError, InvalidJob, ValueError: the request, an adapter or the model will not do; the message says why.
     """
-    model = load(args)
-    rank = OneRank(model)
     suffix = output_path.suffix.lower()
-    makes_clips = any(Task(task).is_video for task in model.card.family.tasks)
     if suffix not in ("", ".mp4", *IMAGE_FORMATS):
         raise ValueError(f"'{output_path}' ends in neither .mp4 nor {', '.join(IMAGE_FORMATS)}")
-    clip = suffix == ".mp4" or (suffix == "" and makes_clips)
-    services = Services(args, cast(Engine, rank), cast(State, rank))
     images = [path.read_bytes() for path in image_paths]
-    submission = asyncio.run(_submission(services, clip, IMAGE_FORMATS.get(suffix, "png"), images, fields))
+    picture_format = IMAGE_FORMATS.get(suffix)
+    wanted = _request(picture_format, images, fields)  # before the model is loaded, which may take minutes
+    model = load(args)
+    if suffix == "" and not any(Task(task).is_video for task in model.card.family.tasks):
+        wanted = _request("png", images, fields)
+    rank = OneRank(model)
+    services = Services(args, cast(Engine, rank), cast(State, rank))
+    submission = asyncio.run(_submission(wanted, services))
     result = asyncio.run(_with_progress_bar(rank, submission))
     return _write(output_path, submission.job, result)
 
@@ -123,18 +131,23 @@ def load(args: ServerArgs) -> Model:
     return model
 
 
-async def _submission(
-    services: Services, clip: bool, image_format: str, images: list[bytes], fields: Mapping[str, str]
-) -> Submission:
-    if clip:
+def _request(picture_format: str | None, images: list[bytes], fields: Mapping[str, str]) -> VideoRequest | ImageRequest:
+    """What the API would be sent for a picture, or without a format for a clip. Raises `APIError` for a wrong field."""
+    if picture_format is None:
         if len(images) > 1:
             raise APIError(400, "A clip starts from one image", param="image_path")
         reference = {"input_reference": images[0]} if images else {}
-        return await video_submission(VideoRequest.parse({**fields, **reference}), services)
-    asked = {**fields, "output_format": image_format}
-    if images:
-        return await image_submission(ImageEditRequest.parse({**asked, "image": images}), services)
-    return await image_submission(ImageGenerationRequest.parse(asked), services)
+        return VideoRequest.parse({**fields, **reference})
+    if of_clips := [name for name in CLIP_FIELDS if name in fields]:
+        raise APIError(400, f"A picture has no {' and no '.join(of_clips)}", param=of_clips[0])
+    asked = {**fields, "output_format": picture_format}
+    return ImageEditRequest.parse({**asked, "image": images}) if images else ImageGenerationRequest.parse(asked)
+
+
+async def _submission(wanted: VideoRequest | ImageRequest, services: Services) -> Submission:
+    if isinstance(wanted, VideoRequest):
+        return await video_submission(wanted, services)
+    return await image_submission(wanted, services)
 
 
 async def _with_progress_bar(rank: OneRank, submission: Submission) -> Result:

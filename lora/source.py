@@ -64,6 +64,8 @@ def resolve(path: str, within: Path | None = None) -> Source:
             return _local(path, place / _choose(path, names), within)
     except OSError as error:  # a name too long, a folder that may not be read
         raise InvalidAdapter(f"'{path}' can't be read: {error.strerror}") from error
+    except RuntimeError as error:  # `~name`, and there is no such user
+        raise InvalidAdapter(f"'{path}' can't be read: {error}") from error
     if within:
         raise InvalidAdapter(
             f"'{path}' does not exist in this server's folder of adapters, and it takes adapters from nowhere else"

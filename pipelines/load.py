@@ -220,7 +220,7 @@ def shard(transformers: Mapping[str, nn.Module], args: ServerArgs, mesh: Mesh | 
     guidance = None
     if args.attention_backend is not None:
         for transformer in transformers.values():
-            set_attention_backend(transformer, args.attention_backend, mesh)
+            set_attention_backend(transformer, args.attention_backend)
     if mesh is not None:
         from pipelines.parallel.guidance import share_guidance
         from pipelines.parallel.sequence import shard_sequence
@@ -236,11 +236,14 @@ def shard(transformers: Mapping[str, nn.Module], args: ServerArgs, mesh: Mesh | 
     return guidance
 
 
-def set_attention_backend(transformer: ModelMixin, name: str, mesh: Mesh | None) -> None:
+SGLANG_ATTENTION_BACKENDS = {"torch_sdpa": "native", "fa": "flash", "sage_attn": "sage"}
+"""SGLang Diffusion's names of kernels that diffusers has too, by the names that those have there."""
+
+
+def set_attention_backend(transformer: ModelMixin, name: str) -> None:
     from diffusers.models.attention_dispatch import AttentionBackendName
 
-    if mesh is not None and mesh.dims.ring_degree > 1:
-        raise ValueError(f"attention_backend {name}: ring attention has a kernel of its own; leave it out")
+    name = SGLANG_ATTENTION_BACKENDS.get(name, name)
     names = [backend.value for backend in AttentionBackendName]
     if name not in names:
         raise ValueError(f"There is no attention_backend '{name}'; there are {', '.join(names)}")

@@ -35,14 +35,15 @@ async def read_fields(request: Request, *, max_images: int = 0, max_image_bytes:
     """
     chunks = _limited(request.stream(), MAX_TEXT_BYTES + max_images * max_image_bytes * 4 // 3)  # base64 takes 4/3
     content_type = request.headers.get("content-type", "")
-    if content_type.startswith("multipart/"):
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind.startswith("multipart/"):
         # Texts have the limit of files because an image may be one: a data URL.
         max_part_bytes = max(MAX_TEXT_BYTES, max_image_bytes)
         return _nested(await read_multipart(chunks, content_type, max_part_bytes=max_part_bytes))
     body = b"".join([chunk async for chunk in chunks]).strip()
     if not body:
         return {}
-    if content_type.startswith("application/x-www-form-urlencoded") and not body.startswith((b"{", b"[")):
+    if kind == "application/x-www-form-urlencoded" and not body.startswith((b"{", b"[")):
         return _nested(parse_qsl(body.decode(errors="replace"), keep_blank_values=True))
     try:
         fields = from_json(body, allow_inf_nan=False)

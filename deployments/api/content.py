@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 from hashlib import sha256
-from urllib.parse import quote
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
@@ -16,7 +15,8 @@ from deployments.interfaces import Content, State
 CHUNK_BYTES = 2**20
 """Read from the store at a time: a round trip to the state actor each, and what one download holds in memory."""
 
-_RANGE = re.compile(r"bytes=\s*([0-9]*)\s*-\s*([0-9]*)\s*", re.IGNORECASE)
+_RANGE = re.compile(r"bytes=\s*([0-9]{0,18})\s*-\s*([0-9]{0,18})\s*", re.IGNORECASE)
+"""With numbers of up to 18 digits: no file is longer, and Python refuses to read thousands of them."""
 
 
 async def content_response(request: Request, state: State, content: Content) -> Response:
@@ -31,13 +31,15 @@ async def content_response(request: Request, state: State, content: Content) -> 
         "accept-ranges": "bytes",
         "etag": etag,
         "cache-control": "private, max-age=31536000, immutable",
-        "content-disposition": f"attachment; filename*=utf-8''{quote(content.filename)}",
+        "content-disposition": f'attachment; filename="{content.filename}"',
     }
-    if etag in (tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")):
+    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    if etag in known or known == ["*"]:
         return Response(status_code=304, headers=headers)
 
     wanted = request.headers.get("range", "")
-    if request.headers.get("if-range", etag) != etag:
+    # HEAD has no ranges (RFC 9110 section 14.2), and one of another file's is none of this one's.
+    if request.method == "HEAD" or request.headers.get("if-range", etag) != etag:
         wanted = ""
     span = requested_span(wanted, content.size)
     start, end = span or (0, content.size)

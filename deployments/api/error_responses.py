@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from deployments.errors import APIError
 from deployments.log import request_id
@@ -19,15 +20,20 @@ from pipelines.job import InvalidJob
 logger = logging.getLogger(__name__)
 
 
+FINAL = (HTTPStatus.CONFLICT, HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.GATEWAY_TIMEOUT)
+"""What OpenAI's clients would repeat by themselves, twice, and that comes out no better: an adapter is still merged
+half a second later, a generation that failed was already tried again where that may help, a time that was up was the
+client's own."""
+
+
 def error_object(error: APIError) -> dict[str, str | None]:
     return {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
 
 
 def error_response(error: APIError) -> JSONResponse:
     headers = dict(error.headers)
-    if error.status == HTTPStatus.CONFLICT:
-        # OpenAI's clients repeat a 409 by themselves, and nothing will have changed half a second later.
-        headers.setdefault("x-should-retry", "false")
+    if error.status in FINAL:
+        headers["x-should-retry"] = "false"
     return JSONResponse({"error": error_object(error), "detail": error.message}, error.status, headers)
 
 
@@ -43,7 +49,6 @@ def as_api_error(failure: Exception) -> APIError:
         "The server failed to handle this request; its log has the reason under the request id "
         f"'{request_id.get()}' (header x-request-id).",
         code="internal_error",
-        headers={"x-should-retry": "false"},
     )
 
 
@@ -62,6 +67,12 @@ def invalid_field(errors: Sequence[Any]) -> APIError:
     return APIError(400, f"Invalid '{param}': {reason}", param=param, code=code)
 
 
+def methods_of(app: FastAPI, request: Request) -> set[str]:
+    """What the path of `request` takes: its methods are several routes, and Starlette names those of the first."""
+    routes = [route for route in app.routes if isinstance(route, Route)]
+    return {method for route in routes if route.matches(request.scope)[0] is Match.PARTIAL for method in route.methods}
+
+
 def install(app: FastAPI) -> None:
     """Have `app` answer in the envelope whatever goes wrong inside a route, or before one is found."""
 
@@ -77,11 +88,11 @@ def install(app: FastAPI) -> None:
             case HTTPStatus.NOT_FOUND:
                 error = APIError(404, f"There is no {call}; GET /openapi.json lists every route", code="unknown_url")
             case HTTPStatus.METHOD_NOT_ALLOWED:
-                allowed = (failure.headers or {}).get("Allow", "other methods")
-                error = APIError(405, f"{call} is not allowed; the path takes {allowed}", code="method_not_allowed")
+                allowed = ", ".join(sorted(methods_of(app, request)))
+                message = f"{call} is not allowed; the path takes {allowed}"
+                error = APIError(405, message, code="method_not_allowed", headers={"Allow": allowed})
             case status:
-                error = APIError(status, str(failure.detail))
-        error.headers.update(failure.headers or {})
+                error = APIError(status, str(failure.detail), headers=failure.headers)
         return error_response(error)
 
     app.exception_handler(APIError)(known_failure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -17,12 +18,16 @@ Frames = AsyncGenerator[PartialImageEvent | CompletedImageEvent | str, None]
 """Events; a text becomes a comment, which clients skip and which keeps proxies from hanging up."""
 
 
+SILENCE_SECONDS = 15.0
+"""Without a frame for so long, a comment is sent: proxies hang up on a line that is silent for 60 s (nginx, AWS)."""
+
+
 class EventStream(Response):
     """Sends one event per frame.
 
-    The status line waits for the first frame, so that what fails before it (a full queue, a job the pipeline refuses)
-    is a plain error with its own status. What fails later becomes an `error` event. The frames are closed when the
-    client leaves.
+    The status line waits for the first frame, but not for longer than a line may be silent, so that what fails at once
+    (a full queue, a job the pipeline refuses) is a plain error with its own status. What fails later becomes an `error`
+    event. The frames are closed when the client leaves.
     """
 
     media_type = "text/event-stream"
@@ -36,7 +41,7 @@ class EventStream(Response):
         async def send_body(data: bytes, *, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": more})
 
-        async with cancelled_on_disconnect(receive), aclosing(self._frames) as frames:
+        async with cancelled_on_disconnect(receive), aclosing(_never_silent(self._frames)) as frames:
             first = await anext(frames)
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await send_body(_encoded(first))
@@ -47,6 +52,27 @@ class EventStream(Response):
                 error = to_json({"type": "error", "error": error_object(as_api_error(failure))})
                 await send_body(b"event: error\ndata: " + error + b"\n\n")
             await send_body(b"", more=False)
+
+
+async def _never_silent(frames: Frames) -> Frames:
+    """`frames`, with comments wherever they are long in coming."""
+    async with aclosing(frames):
+        coming = asyncio.ensure_future(anext(frames))
+        try:
+            while True:
+                await asyncio.wait((coming,), timeout=SILENCE_SECONDS)
+                if not coming.done():
+                    yield "waiting"
+                    continue
+                try:
+                    frame = coming.result()
+                except StopAsyncIteration:
+                    return
+                yield frame
+                coming = asyncio.ensure_future(anext(frames))
+        finally:
+            coming.cancel()
+            await asyncio.wait((coming,))
 
 
 def _encoded(frame: PartialImageEvent | CompletedImageEvent | str) -> bytes:

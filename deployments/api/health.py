@@ -11,12 +11,14 @@ from deployments.api.services import Served
 router = APIRouter(tags=["Health"])
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health() -> Health:
     """Alive, whether or not a model is loaded."""
     return Health(status="ok")
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", responses=errors(503))
 async def ready(services: Served) -> Health:
     """Every rank of the engine has answered just now."""

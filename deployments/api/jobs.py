@@ -28,6 +28,9 @@ from pipelines.job import Job, LoRASpec, Media, Task, content_key
 MAX_RANDOM_SEED = 2**32
 """Seeds drawn for clients stay below this, so that any JSON parser reads them exactly (doubles hold 53 bits)."""
 
+MAX_SIDE = 16_383
+"""Pixels of the longer side of an output: WebP's limit. x264 takes one more, JPEG four times as many."""
+
 MAX_ASPECT_RATIO = 3.0
 """Between the sides of an output whose size nobody chose: what OpenAI's models allow in `size`."""
 
@@ -96,10 +99,11 @@ async def video_submission(wanted: VideoRequest, services: Services) -> Submissi
     fps = wanted.fps or defaults.fps
     num_frames = wanted.num_frames or defaults.num_frames
     if wanted.num_frames is None and wanted.seconds is not None:
-        num_frames = max(1, round(wanted.seconds * fps))
+        # Bounded before it is rounded: 1e308 seconds are infinitely many frames.
+        num_frames = max(1, round(min(wanted.seconds * fps, services.args.max_frames + 1)))
     if num_frames > services.args.max_frames:
         param = "seconds" if wanted.num_frames is None else "num_frames"
-        raise _refused(param, f"{num_frames} frames are asked for; at most {services.args.max_frames} are made")
+        raise _refused(param, f"more frames are asked for than the {services.args.max_frames} that are made at most")
     return await _submission(
         f"video_{uuid4().hex}",
         task,
@@ -127,7 +131,7 @@ async def _submission(
     default_size = defaults.width, defaults.height
     if images:
         default_size = size_like(images[0].size, default_size, card.family.size_multiple)
-    width, height = _frame_size(wanted, default_size, services.args.max_pixels)
+    width, height = _frame_size(wanted, default_size, services.args.max_pixels, card.family.size_multiple)
     _require_tokens(services.args.parallel.sp_degree, wanted, card.family, width, height, output.get("num_frames", 1))
     inputs = [image.data for image in images]
     job = Job(
@@ -190,11 +194,20 @@ def size_like(image: tuple[int, int], default: tuple[int, int], multiple: int) -
     return width, height
 
 
-def _frame_size(wanted: GenerationRequest, default: tuple[int, int], max_pixels: int) -> tuple[int, int]:
+def _frame_size(
+    wanted: GenerationRequest, default: tuple[int, int], max_pixels: int, multiple: int
+) -> tuple[int, int]:
+    """Width and height. A side shorter than `multiple`, the model's own unit, costs as much as one that has it."""
     width, height = wanted.size or default
     width, height = wanted.width or width, wanted.height or height
-    if not 1 <= width * height <= max_pixels:
-        raise _refused(_size_param(wanted), f"{width}x{height} is asked for; a frame has 1 to {max_pixels} pixels")
+    if max(width, height) > MAX_SIDE:
+        raise _refused(_size_param(wanted), f"{width}x{height} is asked for; a side has at most {MAX_SIDE} pixels")
+    if width * height < 1 or max(width, multiple) * max(height, multiple) > max_pixels:
+        raise _refused(
+            _size_param(wanted),
+            f"{width}x{height} is asked for; a frame has 1 to {max_pixels} pixels, "
+            f"where a side shorter than {multiple} counts as {multiple}",
+        )
     return width, height
 
 
@@ -214,7 +227,9 @@ def _require_tokens(
 
 def _size_param(wanted: GenerationRequest) -> str:
     """The parameter that an output's size comes from."""
-    return "size" if wanted.width is wanted.height is None else "width" if wanted.width else "height"
+    if wanted.width is not None:
+        return "width"
+    return "size" if wanted.height is None else "height"
 
 
 def _seeds(wanted: GenerationRequest) -> tuple[int, ...]:

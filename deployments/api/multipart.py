@@ -2,7 +2,7 @@
 
 Starlette's own form parser spools files of any size to disk before anybody can object; a part here is refused the
 moment it grows past its limit. File names and content types that clients send are not looked at: they range from
-`blob` to the full path on the client's disk.
+`blob` to the full path on the client's disk. Only an empty name counts, of an empty file: none was chosen.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class _Form:
         if b"name" not in options:
             raise _broken("a part has no name")
         self._name = options[b"name"].decode(errors="replace")
-        self._is_file = b"filename" in options
+        self._filename = options.get(b"filename")
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         if len(self._data) + end - start > self._max_part_bytes:
@@ -96,8 +96,10 @@ class _Form:
 
     def on_part_end(self) -> None:
         data = bytes(self._data)
+        if self._filename == b"" == data:  # how browsers send a file input that was left empty
+            return
         try:
-            self.parts.append((self._name, data if self._is_file else data.decode()))
+            self.parts.append((self._name, data.decode() if self._filename is None else data))
         except UnicodeDecodeError as error:
             raise APIError(400, f"Invalid '{self._name}': not UTF-8 text", param=self._name) from error
 

@@ -33,7 +33,7 @@ async def create_video(
     services: Served,
     caller: Known,
     idempotency_key: Annotated[
-        str | None, Header(max_length=255, description="Requests with the same key give the same video.")
+        str | None, Header(max_length=255, description="Requests with the same key give the same video; none if empty.")
     ] = None,
 ) -> VideoObject:
     """Start making a video from a prompt, and from an image if one is given."""
@@ -42,7 +42,9 @@ async def create_video(
     require_right_to_load(caller, wanted.lora, services.args)
     submission = await video_submission(wanted, services)
     card = await services.engine.card()
-    video = await services.state.create_video(submission.job, submission.media, card.id, idempotency_key, caller.tenant)
+    video = await services.state.create_video(
+        submission.job, submission.media, card.id, idempotency_key or None, caller.tenant
+    )
     return _object(video)
 
 

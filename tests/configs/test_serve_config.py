@@ -83,9 +83,7 @@ def test_the_graph_is_the_one_the_command_line_prints(
     printed = yaml.safe_load(capsys.readouterr().out)
     for key in ("name", "route_prefix", "import_path"):
         assert printed["applications"][0][key] == config["applications"][0][key]
-    assert printed["controller_options"] == config["controller_options"]
-    assert printed["http_options"].items() <= config["http_options"].items()
-    assert printed["proxy_location"] == config["proxy_location"]
+    assert printed | {"applications": ()} == config | {"applications": ()}
 
 
 def test_the_names_are_those_of_the_graph(application: dict[str, Any]) -> None:

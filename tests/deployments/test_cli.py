@@ -53,6 +53,12 @@ def test_a_flag_with_several_values_is_repeated(capsys: pytest.CaptureFixture[st
     assert config["applications"][0]["args"] == {"api_key": ["one", "two"], "admin_api_key": ["three"]}
 
 
+def test_the_printed_file_has_serve_log_as_the_command_line_does(capsys: pytest.CaptureFixture[str]) -> None:
+    config = printed_config(capsys, "--log-format", "json", "--log-level", "debug", "--metrics-port", "9100")
+    assert config["logging_config"] == {"log_level": "DEBUG", "encoding": "JSON", "enable_access_log": False}
+    assert config["applications"][0]["args"] == {"log_format": "json", "log_level": "debug"}
+
+
 def test_degrees_that_do_not_multiply_are_refused_with_the_equation(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--num-gpus", "4", "--ulysses-degree", "3", "--ring-degree", "1"]) == 2
     assert (
@@ -69,6 +75,9 @@ def test_degrees_that_do_not_multiply_are_refused_with_the_equation(capsys: pyte
         (["--api-key", "two words"], "--api-key: String should match pattern"),
         (["--video-ttl", "0"], "--video-ttl: Input should be greater than 0"),
         (["--dit-cpu-offload", "--dit-layerwise-offload"], "exclude each other"),
+        (["--num-gpus", "2", "--ring-degree", "2", "--attention-backend", "fa"], "ring attention has a kernel of its own"),
+        (["--lora-scale", "nan"], "--lora-scale: Input should be a finite number"),
+        (["--output-path", ""], "--output-path: String should have at least 1 character"),
     ],
 )
 def test_a_wrong_value_is_refused_by_its_flag(

@@ -61,6 +61,7 @@ def test_an_input_image_is_edited(tmp_path: Path) -> None:
         (["--model-path", "/nowhere"], "There is no folder '/nowhere'"),
         (["--lora-path", "/nowhere"], "does not exist"),
         (["--image-path", "/nowhere"], "No such file"),
+        (["--fps", "8", "--seconds", "2"], "A picture has no seconds and no fps"),
     ],
 )
 def test_what_cannot_be_done_ends_with_its_reason(
@@ -69,6 +70,17 @@ def test_what_cannot_be_done_ends_with_its_reason(
     assert generate(tmp_path / "cat.png", *flags) == 1
     assert reason in capsys.readouterr().err
     assert not (tmp_path / "cat.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("output_path", "flags"),
+    [("cat.gif", []), ("cat.png", ["--size", "big"]), ("cat.mp4", ["--fps", "0"]), ("folder", ["--n", "11"])],
+)
+def test_a_wrong_call_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, output_path: str, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(tmp_path / output_path, "--model-path", "/nowhere", *flags) == 1
+    assert "/nowhere" not in capsys.readouterr().err
 
 
 def test_an_unknown_suffix_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

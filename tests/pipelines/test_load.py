@@ -151,7 +151,8 @@ class TestRefusals:
         assert "there are" in self.refused(copied_model, attention_backend="quick")
 
     def test_an_attention_backend_this_machine_has_not(self, copied_model: Path) -> None:
-        assert "cannot be used here" in self.refused(copied_model, attention_backend="sage")
+        for name in ("sage", "sage_attn"):
+            assert "cannot be used here" in self.refused(copied_model, attention_backend=name)
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
     def test_cuda_where_there_is_none(self, copied_model: Path) -> None:

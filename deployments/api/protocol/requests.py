@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import from_json
 
 from deployments.api.error_responses import invalid_field
+from deployments.errors import APIError
 
 MAX_OUTPUTS = 10
 """OpenAI's limit for `n`."""
@@ -119,7 +120,11 @@ class WireRequest(BaseModel):
     def _absent_fields(cls, fields: Any) -> Any:
         """Null, and outside of prompts the empty text of a form, mean the default. The SDKs spread `extra_body` over
         the request themselves; a client that sends it as a field means the same."""
-        extra = json_text(fields.get("extra_body"))
+        try:
+            extra = json_text(fields.get("extra_body"))
+        except ValueError as error:
+            message = f"Invalid 'extra_body': it is not valid JSON: {error}"
+            raise APIError(400, message, param="extra_body", code="invalid_value") from None
         merged = {**extra, **fields} if isinstance(extra, dict) else fields
         return {
             name: value
@@ -220,6 +225,6 @@ class VideoRequest(GenerationRequest):
     )
     fps: Integer | None = Field(None, ge=1, le=120, description="Extension: frames per second.")
     num_frames: Integer | None = Field(None, ge=1, description="Extension: overrides `seconds`.")
-    input_reference: InputImage | None = Field(
+    input_reference: Annotated[InputImage | None, BeforeValidator(_single)] = Field(
         None, description="Image the clip starts from: a file, or an object with `image_url`."
     )

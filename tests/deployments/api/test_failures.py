@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager
@@ -10,6 +11,7 @@ import httpx2
 import pytest
 
 from deployments import log
+from deployments.api import event_stream
 from deployments.errors import APIError
 from pipelines.job import Event, InvalidJob, Job, Media, Progress, Task
 from tests.deployments.api.stand_in import StandInEngine, client_of
@@ -86,6 +88,29 @@ async def test_a_failure_amid_a_stream_is_its_last_event(failure: Exception, cod
     assert last.startswith('event: error\ndata: {"type":"error","error":{"message":')
     assert f'"code":"{code}"' in last
     assert "secret" not in answer.text
+
+
+@pytest.mark.parametrize(("status", "again"), [(409, False), (429, True), (500, False), (503, True), (504, False)])
+async def test_clients_are_told_what_not_to_repeat(status: int, again: bool) -> None:
+    async with client(APIError(status, "as told")) as http:
+        answer = await http.post("/v1/images/generations", json={"prompt": "p"})
+    assert answer.headers.get("x-should-retry") == (None if again else "false")
+
+
+async def test_a_stream_is_not_silent_while_its_job_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SlowEngine(FailingEngine):
+        async def generate(self, job: Job, media: Media, *, progress: bool) -> AsyncGenerator[Event, None]:
+            await asyncio.sleep(0.1)
+            yield Progress(0, 1)
+            await asyncio.sleep(0.1)
+            raise self._failure
+
+    monkeypatch.setattr(event_stream, "SILENCE_SECONDS", 0.04)
+    async with client_of(SlowEngine(APIError(500, "too bad"))) as http:
+        answer = await http.post("/v1/images/generations", json={"prompt": "p", "stream": True})
+    *comments, error, end = answer.text.split("\n\n")
+    assert comments == [": waiting", ": waiting", ": step 0 of 1", ": waiting", ": waiting"]
+    assert (error[:12], end) == ("event: error", "")
 
 
 async def test_readiness_says_what_is_wrong_while_the_server_is_alive() -> None:

@@ -7,8 +7,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx2
+import numpy as np
 import pytest
 
+from deployments.api.jobs import MAX_SIDE
+from pipelines.media import encode_image, encode_video
 from tests.deployments.api.small_server import client, running_app
 from tests.e2e.pictures import picture
 
@@ -33,9 +36,11 @@ def refused(answer: httpx2.Response) -> tuple[int, str]:
         ({"size": "64x65"}, "size"),
         ({"size": "64x64", "width": 65}, "width"),
         ({"height": 65}, "height"),
+        ({"size": "257x1"}, "size"),
         ({"num_frames": 17}, "num_frames"),
         ({"seconds": 2, "fps": 9}, "seconds"),
         ({"seconds": "1e300"}, "seconds"),
+        ({"seconds": 1e308, "fps": 24}, "seconds"),
         ({"n": 11}, "n"),
     ],
 )
@@ -45,9 +50,31 @@ async def test_beyond_a_limit_is_a_400_by_name(http: httpx2.AsyncClient, fields:
         assert refused(await http.post("/v1/images/generations", json={"prompt": "p", **fields})) == (400, param)
 
 
-@pytest.mark.parametrize("fields", [{"size": "64x64", "num_frames": 16, "n": 10}, {"seconds": 2, "fps": 8}])
+@pytest.mark.parametrize(
+    "fields", [{"size": "64x64", "num_frames": 16, "n": 10}, {"seconds": 2, "fps": 8}, {"size": "256x1"}]
+)
 async def test_up_to_a_limit_is_accepted(http: httpx2.AsyncClient, fields: dict) -> None:
     assert (await http.post("/v1/videos", json={"prompt": "p", **fields})).status_code == 200
+
+
+@pytest.mark.parametrize("output_format", ["png", "webp", "jpeg", "mp4"])
+@pytest.mark.parametrize("size", [(MAX_SIDE, 1), (1, MAX_SIDE)])
+def test_the_longest_side_fits_into_every_format(output_format: str, size: tuple[int, int]) -> None:
+    frame = np.zeros((*size, 3), np.uint8)
+    assert encode_video([frame], fps=16) if output_format == "mp4" else encode_image(frame, output_format)
+
+
+async def test_a_longer_side_is_refused(tmp_path: Path) -> None:
+    async with running_app(tmp_path) as (app, _), client(app) as http:
+        for route in ("images/generations", "videos"):
+            for fields, param in (
+                ({"size": f"{MAX_SIDE}x16"}, None),
+                ({"size": f"{MAX_SIDE + 1}x16"}, "size"),
+                ({"width": 8_294_400, "height": 1}, "width"),
+            ):
+                answer = await http.post(f"/v1/{route}", json={"prompt": "p", **fields})
+                assert param is None or refused(answer) == (400, param)
+                assert param is not None or answer.status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,9 @@ def test_another_model_is_not_found(server: Server) -> None:
 def test_health_and_readiness(server: Server) -> None:
     assert server.http.get("/health").json() == {"status": "ok"}
     assert server.http.get("/ready").json() == {"status": "ready"}
+    for path in ("/health", "/ready"):
+        answer = server.http.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
 
 
 def test_the_openapi_page_is_served(server: Server) -> None:
