@@ -114,7 +114,9 @@ class ServerArgs(BaseModel):
         False, description="Let a running video finish instead of giving way to pictures between two steps."
     )
 
-    output_path: str = Field("outputs", min_length=1, description="Where images and videos are kept: a folder or an fsspec URL.")
+    output_path: str = Field(
+        "outputs", min_length=1, description="Where images and videos are kept: a folder or an fsspec URL."
+    )
     state_path: str = Field("outputs/jobs.sqlite3", min_length=1, description="SQLite file that holds the video jobs.")
     video_ttl: float | None = Field(
         None, gt=0, description="Seconds a finished video or a stored picture is kept. Left out: until it is deleted."

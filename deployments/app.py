@@ -3,6 +3,7 @@
 # Without `from __future__ import annotations`: Serve validates the YAML's `args` as what `build`'s parameter is
 # annotated with, if that is a class and not its name.
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from deployments.clients import EngineClient, StateClient, connect_engine
 from deployments.engine import Engine
 from deployments.ingress import create_app
 from deployments.keys import Keyring
-from deployments.state import state_actor
+from deployments.state_actor import renew_state_actor, state_actor
 
 ENGINE_CPUS = 0.1
 """CPUs the engine replica reserves: it only waits for its ranks."""
@@ -36,7 +37,7 @@ class Ingress:
         self.args = args
         self.keyring = keyring
         self.engine = EngineClient(engine)
-        self.state = StateClient(state_actor(args, connect_engine))
+        self.state = StateClient(partial(state_actor, args, connect_engine))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return create_app(self.args, self.engine, self.state, self.keyring, sends_request_id=False)
@@ -49,6 +50,7 @@ def build(args: ServerArgs) -> Application:
     """
     keyring = Keyring.read(args)
     args = settle(args).model_copy(update={"api_key": (), "admin_api_key": ()})
+    renew_state_actor(args, connect_engine)
     engine = serve.deployment(Engine, name="Engine", **engine_options(args)).bind(args)
     ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress", **ingress_options())
     return ingress.bind(args, engine, keyring)

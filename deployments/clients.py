@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -11,7 +11,8 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -19,6 +20,7 @@ from configs.model_family import ModelCard
 from deployments.adapters import LoadedAdapter
 from deployments.cluster import APPLICATION
 from deployments.errors import APIError
+from deployments.losses import PROCESS_LOST, cause
 from pipelines.job import Event, Job, Media
 
 PATIENCE_SECONDS = 5.0
@@ -28,12 +30,14 @@ after 5 s, so an answer must come by then."""
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Raise what the other process raised, and 503 when the process is gone."""
+    """Raise what the other process raised, and 503 when the process is gone, or the deployment is."""
     try:
         yield
     except RayTaskError as error:
-        raise error.cause from None
-    except RayActorError:
+        raise cause(error) from None
+    except (RayServeException, *PROCESS_LOST) as error:
+        if isinstance(error, RayServeException):  # the application is gone, and a new one would not be found
+            _engine_client.cache_clear()
         raise APIError(
             503, "A part of the server is restarting; try again.", code="restarting", headers={"Retry-After": "2"}
         ) from None
@@ -66,7 +70,7 @@ class EngineClient:
                     async for event in events:
                         yield event
                     return
-                except RayActorError:
+                except PROCESS_LOST:
                     if retried or job.task.is_video:
                         raise
                     retried = True
@@ -114,14 +118,20 @@ def _engine_client() -> EngineClient:
 class StateClient:
     """`interfaces.State` over the state actor's handle: every method is the actor's method of that name."""
 
-    def __init__(self, actor: Any):
-        self._actor = actor
+    def __init__(self, find: Callable[[], ActorHandle]):
+        """`find` gives the actor, and makes one where there is none."""
+        self._find = find
+        self._actor: ActorHandle | None = find()
 
     def __getattr__(self, name: str) -> Any:
-        remote = getattr(self._actor, name).remote
-
         async def call(*args: Any, **kwargs: Any) -> Any:
+            if self._actor is None:
+                self._actor = self._find()
             with _plain_errors():
-                return await remote(*args, **kwargs)
+                try:
+                    return await getattr(self._actor, name).remote(*args, **kwargs)
+                except PROCESS_LOST:
+                    self._actor = None  # it may be gone for good, and another one found by the next call
+                    raise
 
         return call

@@ -80,7 +80,7 @@ def served(args: ServerArgs) -> Iterator[ServerArgs]:
         from ray._private.parameter import RayParams
 
         from deployments.app import build, settle
-        from deployments.state import ACTOR_NAME, NAMESPACE, forget_state_actor
+        from deployments.state_actor import ACTOR_NAME, NAMESPACE, forget_state_actor
 
         joined = bool(os.environ.get("RAY_ADDRESS"))
         # Serve announces itself in three lines; the command line has one of its own.
@@ -111,8 +111,9 @@ def served(args: ServerArgs) -> Iterator[ServerArgs]:
             controller_options={"runtime_env": {"env_vars": environment}} if joined else None,
         )
         if joined:
-            stack.callback(forget_state_actor)
+            # The state actor ends first: it would ask for its videos again, and find no engine for them.
             stack.callback(serve.delete, APPLICATION)
+            stack.callback(forget_state_actor)
         try:
             serve.run(build(args), name=APPLICATION, route_prefix="/")
             ray.get(ray.get_actor(ACTOR_NAME, NAMESPACE).adapters_open.remote())

@@ -142,6 +142,11 @@ class DefaultLoRA:
 
     # What engine replicas ask for.
 
+    @property
+    def num_replicas(self) -> int:
+        """That asked lately."""
+        return len(self._propagation.replicas)
+
     async def watch_default(self, replica_id: str, known_version: int | None) -> tuple[int, Composition]:
         """See `Propagation.watch`."""
         return await self._propagation.watch(replica_id, known_version)

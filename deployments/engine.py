@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 from ray import serve
 from ray.util.placement_group import get_current_placement_group
@@ -23,8 +24,9 @@ from deployments.gang import Gang, GangBroken
 from deployments.metrics import EngineMetrics, Outcome
 from deployments.propagation import Composition, Merged, follow
 from deployments.rank import JobFailed, Stopped, Suspended
+from deployments.recovery import Recovery
 from deployments.schedule import Full, Schedule, Ticket
-from deployments.state import state_actor
+from deployments.state_actor import state_actor
 from pipelines.job import Event, InvalidJob, Job, Media, Progress, Result
 
 logger = logging.getLogger(__name__)
@@ -32,9 +34,6 @@ logger = logging.getLogger(__name__)
 PICTURE_RETRIES = 1
 """A picture whose gang broke is computed once more on the rebuilt gang, then failed: its client waits. A video has
 `max_retries`."""
-
-MAX_REBUILDS = 3
-"""Failed rebuilds in a row after which the replica reports itself unhealthy, so that Serve replaces it."""
 
 
 class Engine:
@@ -47,7 +46,8 @@ class Engine:
         log.configure(args, "engine")
         self.args = args
         self.gang = Gang(args, get_current_placement_group())
-        self.state = StateClient(state_actor(args, connect_engine))
+        self.recovery = Recovery(self.gang)
+        self.state = StateClient(partial(state_actor, args, connect_engine))
         self.replica_id = serve.get_replica_context().replica_id.unique_id
         self.schedule = Schedule(args.max_queue, preemption=not args.no_preemption)
         self.running: Ticket | None = None
@@ -55,9 +55,8 @@ class Engine:
         self._schedule_changed = asyncio.Condition()
         self._gang_in_use = asyncio.Lock()
         """First come, first served: a change of the default adapter waits for the running job, not for the queue."""
-        self._failed_rebuilds = 0
         self._seconds_per_picture = 1.0
-        self._card = await self.gang.start()
+        self._card = await self.recovery.first_start()
         loops = (self._work(), self._heal_idle_gang(), self._follow_default_adapter())
         self._tasks = [asyncio.create_task(loop) for loop in loops]
 
@@ -79,8 +78,10 @@ class Engine:
 
     async def check_health(self) -> None:
         """Called by Serve; raising makes it replace this replica."""
-        if self._failed_rebuilds >= MAX_REBUILDS:
-            raise RuntimeError(f"{self._failed_rebuilds} rebuilds of the gang failed in a row")
+        self.recovery.check()
+        for task in self._tasks:
+            if task.done():
+                raise RuntimeError(f"the engine cannot go on: {task.exception()!r}")
 
     async def generate(self, job: Job, media: Media, progress: bool) -> AsyncIterator[Event]:
         """Queue `job` and give its events: with `progress`, one when it begins, one per denoising step; last its
@@ -94,11 +95,12 @@ class Engine:
         """
         for older in [*self.schedule, *([self.running] if self.running else [])]:
             if older.job.id == job.id:
-                self._abandon(older)
+                # Should anybody still listen there: a call without an end would keep this replica from draining.
+                self._abandon(older, "left", APIError(409, "The job was asked for again", code="taken_over"))
         ticket = Ticket(job, media, progress)
         await self._enqueue(ticket)
         try:
-            with self._time_limit(ticket, job.timeout):
+            with self._time_limit(ticket, job.timeout, job.timeout):
                 while not isinstance(event := await ticket.next_event(), Result):
                     yield event
                 yield event
@@ -127,15 +129,15 @@ class Engine:
             self.gang.suspend(self.running.job.id)
 
     @contextmanager
-    def _time_limit(self, ticket: Ticket, seconds: float | None) -> Iterator[None]:
+    def _time_limit(self, ticket: Ticket, limit: float | None, seconds_left: float | None) -> Iterator[None]:
         """Fail a job that is not through the body in time, and free the ranks within a step. None: no limit."""
 
         def expire() -> None:
-            message = f"The job was not done within its {seconds:g} s"
+            message = f"The job was not done within its {limit:g} s"
             error = APIError(504, message, code="timeout")
             self._abandon(ticket, "timeout", error)
 
-        timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, expire)
+        timer = None if seconds_left is None else asyncio.get_running_loop().call_later(seconds_left, expire)
         try:
             yield
         finally:
@@ -188,7 +190,8 @@ class Engine:
                 self.schedule.give_back(ticket)
                 self.metrics.preemptions.inc()
         except Stopped:
-            pass
+            if not ticket.ended:  # by an order that was meant for an earlier asking of the same job, and came late
+                self.schedule.put_back(ticket)
         except Exception as error:
             if not ticket.ended:
                 self._end(ticket, "refused" if isinstance(error, InvalidJob) else "failed", error)
@@ -232,7 +235,7 @@ class Engine:
         ticket.suspended = False
         self._let_pictures_pass()
         try:
-            with self._time_limit(ticket, self._seconds_left(ticket)):
+            with self._time_limit(ticket, self.args.job_timeout, self._seconds_left(ticket)):
                 async for event in self.gang.run(ticket.job, ticket.media, ticket.progress):
                     if isinstance(event, Progress):
                         self.metrics.steps(ticket, 1)
@@ -261,22 +264,11 @@ class Engine:
                     await self._rebuild()
 
     async def _rebuild(self) -> None:
-        """Replace all ranks in the same placement group, trying until it works or Serve replaces the replica. Jobs
-        that had given way begin again at their first step."""
+        """Replace all ranks. Jobs that had given way begin again at their first step."""
         for ticket in self.schedule:
             ticket.suspended = False
         self.metrics.rebuilds.inc()
-        while True:
-            self.gang.kill()
-            try:
-                await self.gang.start()
-            except (GangBroken, ValueError) as error:
-                self._failed_rebuilds += 1
-                logger.error("rebuild %d failed: %s", self._failed_rebuilds, error)
-                await asyncio.sleep(min(30, 2**self._failed_rebuilds))
-            else:
-                self._failed_rebuilds = 0
-                return
+        await self.recovery.rebuild()
 
     async def _merge(self, composition: Composition) -> None:
         if composition == self.gang.composition:

@@ -9,7 +9,7 @@ from contextvars import copy_context
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -17,6 +17,7 @@ from configs.model_family import ModelCard
 from configs.server_args import ServerArgs
 from deployments.adapters import LoadedAdapter
 from deployments.errors import APIError
+from deployments.losses import PROCESS_LOST, cause, first_line
 from deployments.rank import Rank, WeightsLost
 from pipelines.job import Event, Job, LoRASpec, Media, Result
 
@@ -63,7 +64,7 @@ class Gang:
 
         Raises:
             ValueError: the model cannot be loaded or sharded; the message is for the user.
-            GangBroken: a rank was lost while loading.
+            GangBroken: a rank was lost while loading, or failed as it may not the next time (no memory, say).
         """
         places = await self._bundles_by_node()
         nodes = [node for _, node in places]
@@ -75,13 +76,14 @@ class Gang:
         return card
 
     async def _load(self) -> ModelCard:
+        init_method = await _result(self.ranks[0].rendezvous.remote()) if len(self.ranks) > 1 else None
         try:
-            init_method = await self.ranks[0].rendezvous.remote() if len(self.ranks) > 1 else None
-            cards = await asyncio.gather(*[rank.load.remote(init_method) for rank in self.ranks])
-        except RayActorError as error:
-            raise GangBroken(f"a rank died while the model was loading: {_first_line(error)}") from error
-        except RayTaskError as error:
-            raise error.cause from None
+            cards = await asyncio.gather(*[_result(rank.load.remote(init_method)) for rank in self.ranks])
+        except (GangBroken, ValueError):
+            raise
+        except Exception as error:
+            message = f"a rank could not load the model: {type(error).__name__}: {first_line(error)}"
+            raise GangBroken(message) from error
         return cards[0]
 
     async def _watch_ranks(self) -> None:
@@ -93,7 +95,7 @@ class Gang:
                 await self.ping()
                 over, _ = await asyncio.wait(vigils, timeout=PING_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 for vigil in over:
-                    raise GangBroken(f"a rank died: {vigil.exception()}")
+                    vigil.result()
         finally:
             for vigil in vigils:
                 vigil.cancel()
@@ -156,12 +158,12 @@ class Gang:
                 if isinstance(event, Result):
                     break
             await self._all_end(followers)
-        except RayActorError as error:
-            raise GangBroken(f"a rank died: {_first_line(error)}") from error
-        except RayTaskError as error:
+        except GangBroken:
+            raise
+        except Exception:
             # The ranks act alike, so each of them ends with this error; one that does not is stuck.
             await self._all_end(followers)
-            raise error.cause from None
+            raise
         finally:
             for follower in followers:
                 follower.cancel()
@@ -172,7 +174,7 @@ class Gang:
         try:
             while not arriving.done():
                 failures = [error for each in followers if each.done() and (error := each.exception())]
-                if dead := next((error for error in failures if isinstance(error, RayActorError)), None):
+                if dead := next((error for error in failures if isinstance(error, GangBroken)), None):
                     raise dead
                 waited_for: set[asyncio.Future[Any]] = {arriving, self._watch}
                 done, _ = await asyncio.wait(
@@ -181,7 +183,7 @@ class Gang:
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 if not done:
-                    raise GangBroken(f"a rank failed alone: {_first_line(failures[0])}")
+                    raise GangBroken(f"a rank failed alone: {first_line(failures[0])}")
                 if self._watch in done and not arriving.done():
                     self._watch.result()
             return arriving.result()
@@ -195,28 +197,29 @@ class Gang:
         if pending:
             raise GangBroken(f"{len(pending)} of {len(self.ranks)} ranks did not end the job with the others")
         for follower in followers:
-            error = follower.exception()
-            if isinstance(error, RayActorError):
-                raise GangBroken(f"a rank died: {_first_line(error)}") from error
+            if isinstance(error := follower.exception(), GangBroken):
+                raise error
 
     def stop(self, job_id: str) -> None:
         """End the running job at its current step; `run` then raises `Stopped`."""
-        self._order(self.ranks[0].stop, job_id)
+        self._order(self.ranks[:1], "stop", job_id)
 
     def suspend(self, job_id: str) -> None:
         """Put the running job aside after its current step; `run` then raises `Suspended`, and called again goes on."""
-        self._order(self.ranks[0].suspend, job_id)
+        self._order(self.ranks[:1], "suspend", job_id)
 
     def discard(self, job_id: str) -> None:
         """Forget a suspended job. What runs next comes after it: calls of one caller arrive in order."""
-        for rank in self.ranks:
-            self._order(rank.discard, job_id)
+        self._order(self.ranks, "discard", job_id)
 
-    def _order(self, method: Any, job_id: str) -> None:
-        """Tell a rank, in the gang's own context and not in that of the request that ends here. Ray cancels with a
-        request whatever was called in its context: under load 46 of 60 orders that a cancelled request gave were lost,
-        and the ranks computed on for nobody."""
-        self._context.run(method.remote, job_id)
+    def _order(self, ranks: Sequence[Any], order: str, job_id: str) -> None:
+        """Tell these ranks. While the gang waits for new ones it has none, and there is nothing to tell.
+
+        In the gang's own context and not in that of the request that ends here. Ray cancels with a request whatever was
+        called in its context: under load 46 of 60 orders that a cancelled request gave were lost, and the ranks
+        computed on for nobody."""
+        for rank in ranks:
+            self._context.run(getattr(rank, order).remote, job_id)
 
     async def merge(self, composition: tuple[LoRASpec, ...], factors: Mapping[str, ray.ObjectRef]) -> None:
         """Merge `composition` into the weights of every rank, or of none.
@@ -236,39 +239,36 @@ class Gang:
         if not failures:
             self.composition = composition
             return
-        causes = [_cause(failure) for failure in failures]
-        cause = causes[0]
-        if len(causes) < len(outcomes) or len({type(cause) for cause in causes}) > 1:
-            raise GangBroken(f"ranks differ after a merge: {_first_line(cause)}")
-        if isinstance(cause, RayActorError | WeightsLost):
-            raise GangBroken(f"a merge failed: {_first_line(cause)}")
-        if isinstance(cause, ObjectLostError):
+        failure = failures[0]
+        if len(failures) < len(outcomes) or len({type(each) for each in failures}) > 1:
+            raise GangBroken(f"ranks differ after a merge: {first_line(failure)}")
+        if isinstance(failure, WeightsLost):
+            raise GangBroken(f"a merge failed: {first_line(failure)}")
+        if isinstance(failure, ObjectLostError):
             raise APIError(503, "A part of the server is restarting; try again.", code="restarting")
-        if not isinstance(cause, ValueError):
+        if not isinstance(failure, GangBroken | ValueError):
             self.composition = ()  # a merge that fails midway leaves the base weights
-        raise cause
+        raise failure
 
     async def identify_lora(self, path: str) -> str:
         """What lies at `path` on rank 0's node. Raises `ValueError` when it is no adapter."""
-        return await self._of_leader(self.ranks[0].identify_lora.remote(path))
+        return await self._of_leader("identify_lora", path)
 
     async def load_lora(self, path: str) -> LoadedAdapter:
         """Read an adapter on rank 0, beside the running job. Raises `ValueError` when it does not fit the model."""
-        return await self._of_leader(self.ranks[0].load_lora.remote(path))
+        return await self._of_leader("load_lora", path)
 
     async def lora_bytes_held(self) -> int:
         """Host memory with which rank 0, and every other rank, keeps the original weights of what is merged."""
-        return await self._of_leader(self.ranks[0].lora_bytes_held.remote())
+        return await self._of_leader("lora_bytes_held")
 
-    async def _of_leader(self, reference: Any) -> Any:
+    async def _of_leader(self, question: str, *args: str) -> Any:
         try:
-            return await reference
-        except RayTaskError as error:
-            raise error.cause from None
-        except RayActorError as error:
-            raise APIError(
-                503, f"The engine is replacing its workers: {_first_line(error)}", code="not_ready"
-            ) from None
+            if not self.loaded:
+                raise GangBroken("they load the model")
+            return await _result(getattr(self.ranks[0], question).remote(*args))
+        except GangBroken as broken:
+            raise APIError(503, f"The engine is replacing its workers: {broken}", code="not_ready") from None
 
     async def ping(self) -> None:
         """Return once every rank has answered. Raises `GangBroken` when one is dead or hangs."""
@@ -278,10 +278,7 @@ class Gang:
             raise GangBroken(f"a rank has not answered for {HANG_SECONDS:.0f} s") from None
 
     async def _answers(self) -> None:
-        try:
-            await asyncio.gather(*[rank.ping.remote() for rank in self.ranks])
-        except RayActorError as error:
-            raise GangBroken(f"a rank died: {_first_line(error)}") from error
+        await asyncio.gather(*[_result(rank.ping.remote()) for rank in self.ranks])
 
     def kill(self) -> None:
         """End every rank at once."""
@@ -293,16 +290,16 @@ class Gang:
 
 
 async def _result(reference: Any) -> Any:
-    """The value of an object reference, or of the reference that an awaitable gives."""
-    value = await reference
-    return await value if isinstance(value, ray.ObjectRef) else value
+    """The value of an object reference, or of the reference that an awaitable gives.
 
-
-def _cause(error: BaseException) -> BaseException:
-    """What the call raised, where Ray tells of a failed call: its own first line is the call's name, in colour."""
-    return error.cause if isinstance(error, RayTaskError) else error
-
-
-def _first_line(error: BaseException) -> str:
-    error = _cause(error)
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    Raises:
+        GangBroken: the rank's process is gone.
+        Exception: what the rank's call raised.
+    """
+    try:
+        value = await reference
+        return await value if isinstance(value, ray.ObjectRef) else value
+    except PROCESS_LOST as error:
+        raise GangBroken(f"a rank died: {first_line(error)}") from error
+    except RayTaskError as error:
+        raise cause(error) from None

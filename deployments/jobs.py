@@ -175,11 +175,13 @@ class JobStore:
     def advance(self, video_id: str, percent: int) -> None:
         """Record the progress of a running job. It never falls, and stays below 100 until the job is completed."""
         self._connection.execute("PRAGMA synchronous = NORMAL")
-        self._connection.execute(
-            "UPDATE videos SET progress = ?1 WHERE id = ?2 AND status = ?3 AND progress < ?1",
-            (min(percent, 99), video_id, VideoStatus.IN_PROGRESS),
-        )
-        self._connection.execute("PRAGMA synchronous = FULL")
+        try:
+            self._connection.execute(
+                "UPDATE videos SET progress = ?1 WHERE id = ?2 AND status = ?3 AND progress < ?1",
+                (min(percent, 99), video_id, VideoStatus.IN_PROGRESS),
+            )
+        finally:
+            self._connection.execute("PRAGMA synchronous = FULL")
 
     def delete(self, video_id: str) -> list[str]:
         """Forget a job. Returns the keys of its files: to be deleted."""

@@ -88,6 +88,10 @@ class Schedule:
     def give_back(self, ticket: Ticket) -> None:
         """Take back a job that gave way. It came before all that wait now: no second video begins meanwhile."""
         ticket.suspended = True
+        self.put_back(ticket)
+
+    def put_back(self, ticket: Ticket) -> None:
+        """Take back a job that has to begin again."""
         ticket.waiting_since = time.monotonic()
         self._waiting.insert(0, ticket)
 

@@ -1,4 +1,4 @@
-"""The memory of the server: one named, detached actor that outlives every engine, ingress and deployment.
+"""The memory of the server: its videos, its stored pictures and the adapters that it knows.
 
 It imports neither torch nor anything of the model. All it knows is on the disk, so it may be killed at any time.
 """
@@ -8,11 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any, Literal, Protocol
-
-import ray
-from ray.actor import ActorHandle
 
 from configs.server_args import ServerArgs
 from deployments import log
@@ -41,9 +37,6 @@ from pipelines.job import Job, LoRASpec, Media
 
 logger = logging.getLogger(__name__)
 
-ACTOR_NAME = "ditserve-state"
-NAMESPACE = "ditserve"
-
 MEASURE_SECONDS = 5.0
 """Between two sums of all that is stored, which take 10 ms for 100,000 files."""
 
@@ -59,7 +52,7 @@ class State:
     """`interfaces.State` by delegation: records to `JobStore`, files to `ContentStore`, work to `VideoRunner`,
     adapters to `AdapterRegistry` and `DefaultLoRA`.
 
-    Undecorated, so that it also works inside a plain asyncio program; `state_actor` makes the actor of it.
+    Plain asyncio, without Ray; `deployments.state_actor` makes the actor of it.
     """
 
     def __init__(self, args: ServerArgs, engine: Callable[[], ServedEngine]):
@@ -67,9 +60,18 @@ class State:
 
         `engine` is called in this process when a job first needs it, until it no longer raises `APIError` 503.
         """
+        self._args = args
         self._jobs = JobStore(args.state_path, ttl_s=args.video_ttl)
         self._content = ContentStore(self._jobs, Storage(args.output_path))
-        self._runner = VideoRunner(self._jobs, self._content, engine, max_retries=args.max_retries)
+        self._adapters = AdapterRegistry(engine, cache_bytes=args.lora_cache_bytes)
+        self._default_lora = DefaultLoRA(self._adapters, switch=args.lora_switch)
+        self._runner = VideoRunner(
+            self._jobs,
+            self._content,
+            engine,
+            max_retries=args.max_retries,
+            num_replicas=lambda: self._default_lora.num_replicas,
+        )
         self._max_unfinished = args.max_queue
         self._content.sweep()
         for video in self._jobs.unfinished():
@@ -79,10 +81,8 @@ class State:
         retention = Retention(self._jobs, self._content, ttl_s=args.video_ttl, max_bytes=args.storage_bytes)
         self._retention = asyncio.create_task(retention.enforce())
         self._measuring = asyncio.create_task(self._measure_stored_bytes())
-        self._adapters = AdapterRegistry(engine, cache_bytes=args.lora_cache_bytes)
-        self._default_lora = DefaultLoRA(self._adapters, switch=args.lora_switch)
         self._adapters_known = asyncio.create_task(self._recall_adapters())
-        self._adapters_open = asyncio.create_task(self._set_startup_adapter(args))
+        self._adapters_open = asyncio.create_task(self._set_startup_adapter())
 
     async def close(self) -> None:
         """Stop working and let go of the files. The next `State` on the same paths goes on."""
@@ -186,16 +186,24 @@ class State:
             self._adapters.restore(known)
             await self._default_lora.restore(known)
 
-    async def _set_startup_adapter(self, args: ServerArgs) -> None:
+    async def _set_startup_adapter(self) -> None:
         """Merge the adapter the server was started with, unless an earlier life with the same one already did."""
         await self._adapters_known
-        startup = [args.lora_nickname, args.lora_path, args.lora_scale]
-        if args.lora_path is None or self._jobs.noted("startup adapter") == startup:
+        nickname, path, scale = self._startup_adapter
+        if path is None or self._jobs.noted("startup adapter") == [nickname, path, scale]:
             return
         await self._default_lora.unmerge_lora()
-        await self._default_lora.set_lora([LoRARequest(args.lora_nickname, args.lora_path, args.lora_scale)])
+        await self._default_lora.set_lora([LoRARequest(nickname, path, scale)])
         self._note_adapters()
-        self._jobs.note("startup adapter", startup)
+        self._forget_startup_adapter()
+
+    @property
+    def _startup_adapter(self) -> tuple[str, str | None, float]:
+        return self._args.lora_nickname, self._args.lora_path, self._args.lora_scale
+
+    def _forget_startup_adapter(self) -> None:
+        """It is merged, or a client has chosen otherwise since."""
+        self._jobs.note("startup adapter", self._startup_adapter)
 
     def _note_adapters(self) -> None:
         of_jobs = {spec.identity for video in self._jobs.unfinished() for spec in video.job.lora}
@@ -203,13 +211,21 @@ class State:
         self._jobs.note("adapters", {**adapters, **self._default_lora.snapshot()})
 
     async def adapters_open(self) -> None:
-        """Return once the adapter the server was started with is merged. Raises `APIError` when it cannot be."""
+        """Return once the adapter the server was started with is merged, or a client has chosen another. One that could
+        not be merged is tried again: the reason may have passed.
+
+        Raises:
+            APIError: it cannot be merged.
+        """
+        if self._adapters_open.done() and self._adapters_open.exception():
+            self._adapters_open = asyncio.create_task(self._set_startup_adapter())
         await asyncio.shield(self._adapters_open)
 
     async def set_lora(self, requests: Sequence[LoRARequest]) -> LoRAStatus:
         await self._adapters_known
         status = await self._default_lora.set_lora(requests)
         self._note_adapters()
+        self._forget_startup_adapter()
         return status
 
     async def merge_lora(self, strength: float | None = None, target: tuple[str, ...] | None = None) -> LoRAStatus:
@@ -222,6 +238,7 @@ class State:
         await self._adapters_known
         status = await self._default_lora.unmerge_lora(target)
         self._note_adapters()
+        self._forget_startup_adapter()
         return status
 
     async def delete_lora(self, nickname: str) -> LoRAStatus:
@@ -256,38 +273,3 @@ class State:
         self, replica_id: str, version: int, composition: Composition, error: str | None, num_bytes_held: int
     ) -> None:
         await self._default_lora.report_merged(replica_id, version, composition, error, num_bytes_held)
-
-
-class StateProcess(State):
-    """`State` with a process of its own."""
-
-    def __init__(self, args: ServerArgs, engine: Callable[[], ServedEngine]):
-        log.configure(args, "state")
-        super().__init__(args, engine)
-
-
-def state_actor(args: ServerArgs, engine: Callable[[], ServedEngine]) -> ActorHandle:
-    """The state actor of this Ray cluster: the one that lives, else a new one. It stays on the head node, where its
-    files are."""
-    options = {
-        "name": ACTOR_NAME,
-        "namespace": NAMESPACE,
-        "lifetime": "detached",
-        "get_if_exists": True,
-        "num_cpus": 0,
-        "resources": {"node:__internal_head__": 0.001},
-        # Not in the placement group of the engine replica that may be the first to ask: it would end with it.
-        "scheduling_strategy": "DEFAULT",
-        "max_restarts": -1,
-        # Calls that a crash interrupts are made again, and clients do not notice: every method may be repeated. Not
-        # without bound, for it may be the call that is the cause.
-        "max_task_retries": 3,
-        "max_concurrency": 1000,
-    }
-    return ray.remote(**options)(StateProcess).remote(args, engine)
-
-
-def forget_state_actor() -> None:
-    """End the state actor, if there is one. What it knows is on the disk; the next one goes on with it."""
-    with suppress(ValueError):
-        ray.kill(ray.get_actor(ACTOR_NAME, namespace=NAMESPACE))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from contextlib import aclosing
-
-from ray.exceptions import RayActorError, RayTaskError
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
 
 from deployments.content import ContentStore, input_key, video_files
 from deployments.errors import APIError
 from deployments.interfaces import Engine, VideoError, VideoStatus
 from deployments.jobs import JobStore
+from deployments.losses import PROCESS_LOST, cause
 from pipelines.job import InvalidJob, Job, Media, Progress, Result
 
 logger = logging.getLogger(__name__)
@@ -20,22 +21,42 @@ logger = logging.getLogger(__name__)
 _RETRY_DELAY_S = 1.0
 """Between two attempts: a killed engine replica is back after 10 s."""
 
+VIDEOS_PER_REPLICA = 4
+"""As many are with the engine for each of its replicas; the others wait here, in the order of their arrival, for the
+first replica that has room, also one that starts later. More than the two that the YAMLs' autoscaling aims at, or it
+would not see that they wait; few, since those that a replica has are its own, and keep it from being drained."""
+
+_ROOM_DELAY_S = 0.2
+"""Between two looks for room with the engine."""
+
 
 class VideoRunner:
     """Computes jobs on the engine, each in a task of its own, and writes what comes of them.
 
-    `APIError` 429 and 503 and the death of the engine mean "not now": the job waits and is tried again. Every other
-    error is the job's own, and fails it.
+    `APIError` 429 and 503, the death of the engine and a database that can't be written (a full disk) mean "not now":
+    the job waits and is tried again. Every other error is the job's own, and fails it.
     """
 
-    def __init__(self, jobs: JobStore, content: ContentStore, engine: Callable[[], Engine], *, max_retries: int):
+    def __init__(
+        self,
+        jobs: JobStore,
+        content: ContentStore,
+        engine: Callable[[], Engine],
+        *,
+        max_retries: int,
+        num_replicas: Callable[[], int],
+    ):
         """`engine` gives the engine that serves now, or raises `APIError` 503. A job whose computation began
-        1 + `max_retries` times, and each time ended with the server, fails alone."""
+        1 + `max_retries` times, and each time ended with the server, fails alone. `num_replicas` is how many replicas
+        of the engine there are known to be; one is counted on."""
         self._jobs = jobs
         self._content = content
         self._engine = engine
         self._max_attempts = 1 + max_retries
+        self._num_replicas = num_replicas
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._at_the_engine = 0
+        self._next_to_go = asyncio.Lock()
 
     def start(self, job: Job) -> None:
         """Run the job, unless it runs already."""
@@ -58,13 +79,29 @@ class VideoRunner:
         try:
             if self._jobs.attempts(job.id) >= self._max_attempts:
                 raise APIError(500, f"Given up after {self._max_attempts} attempts: the server stopped during each")
-            inputs = {*job.images} if job.mask is None else {*job.images, job.mask}
-            media = {name: await self._content.read(input_key(job.id, name)) for name in inputs}
-            await self._complete(job, await self._compute(job, media))
+            async with self._room():
+                inputs = {*job.images} if job.mask is None else {*job.images, job.mask}
+                media = {name: await self._content.read(input_key(job.id, name)) for name in inputs}
+                result = await self._compute(job, media)
+            files = video_files(job.id, result.outputs)
+            await self._content.write(files)
+            await self._finish(job, VideoStatus.COMPLETED, files=files, timings=result.seconds)
         except Exception as error:
             logger.warning("video %s failed", job.id, exc_info=True)
-            unneeded = self._jobs.transition(job.id, VideoStatus.FAILED, error=_explain(error), files=())
-            await self._content.discard(unneeded)
+            await self._finish(job, VideoStatus.FAILED, error=_explain(error), files=())
+
+    @asynccontextmanager
+    async def _room(self) -> AsyncIterator[None]:
+        """Room for one job with the engine, in the order in which jobs ask for it."""
+        async with self._next_to_go:
+            # Replicas come and go without a word.
+            while self._at_the_engine >= VIDEOS_PER_REPLICA * max(1, self._num_replicas()):  # noqa: ASYNC110
+                await asyncio.sleep(_ROOM_DELAY_S)
+            self._at_the_engine += 1
+        try:
+            yield
+        finally:
+            self._at_the_engine -= 1
 
     async def _compute(self, job: Job, media: Media) -> Result:
         while True:
@@ -73,7 +110,7 @@ class VideoRunner:
             except Exception as error:
                 if not _means_not_now(error) or self._jobs.attempts(job.id) >= self._max_attempts:
                     raise
-                logger.info("video %s waits for the engine: %s", job.id, _cause(error))
+                logger.info("video %s waits for the engine: %s", job.id, cause(error))
             await asyncio.sleep(_RETRY_DELAY_S)
 
     async def _attempt(self, job: Job, media: Media) -> Result:
@@ -92,31 +129,34 @@ class VideoRunner:
             raise RuntimeError("the engine ended without a result")
         return result
 
-    async def _complete(self, job: Job, result: Result) -> None:
-        files = video_files(job.id, result.outputs)
-        await self._content.write(files)
-        unneeded = self._jobs.transition(job.id, VideoStatus.COMPLETED, files=files, timings=result.seconds)
+    async def _finish(self, job: Job, status: VideoStatus, **record: Any) -> None:
+        """Record how the job ended, as soon as that can be written: else it would count as unfinished for ever."""
+        while True:
+            try:
+                unneeded = self._jobs.transition(job.id, status, **record)
+                break
+            except sqlite3.OperationalError:
+                logger.exception("that video %s is %s can't be recorded yet", job.id, status)
+            await asyncio.sleep(_RETRY_DELAY_S)
         await self._content.discard(unneeded)
 
 
-def _cause(error: Exception) -> Exception:
-    """What was raised at the other end: Ray wraps it in an error whose text is a traceback."""
-    return error.cause if isinstance(error, RayTaskError) else error
-
-
 def _means_not_now(error: Exception) -> bool:
-    cause = _cause(error)
-    return isinstance(cause, RayActorError) or (isinstance(cause, APIError) and cause.status in (429, 503))
+    match cause(error):
+        case APIError() as refused:
+            return refused.status in (429, 503)
+        case lost_or_unwritten:
+            return isinstance(lost_or_unwritten, (*PROCESS_LOST, sqlite3.OperationalError))
 
 
 def _explain(error: Exception) -> VideoError:
     """What the client is told. Errors that were not written for it may hold paths and stay in the log."""
-    match _cause(error):
+    match cause(error):
         case InvalidJob() as invalid:
             return VideoError("invalid_request_error", str(invalid))
         case APIError() as refused:
             return VideoError(refused.code or refused.type, refused.message)
-        case RayActorError():
+        case lost if isinstance(lost, PROCESS_LOST):
             return VideoError("server_error", "The engine stopped during each attempt")
         case _:
             return VideoError("server_error", "The server failed on this video; its log says why under the video's id")

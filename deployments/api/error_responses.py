@@ -70,7 +70,8 @@ def invalid_field(errors: Sequence[Any]) -> APIError:
 def methods_of(app: FastAPI, request: Request) -> set[str]:
     """What the path of `request` takes: its methods are several routes, and Starlette names those of the first."""
     routes = [route for route in app.routes if isinstance(route, Route)]
-    return {method for route in routes if route.matches(request.scope)[0] is Match.PARTIAL for method in route.methods}
+    matching = [route for route in routes if route.matches(request.scope)[0] is Match.PARTIAL]
+    return {method for route in matching for method in route.methods or ()}
 
 
 def install(app: FastAPI) -> None:

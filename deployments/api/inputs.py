@@ -57,7 +57,9 @@ async def _bytes_of(image: InputImage, param: str, args: ServerArgs) -> bytes:
 async def _referenced(image: ImageReference | str, param: str, args: ServerArgs) -> bytes:
     url = image.image_url if isinstance(image, ImageReference) else image
     if url is None:
-        raise _refused(param, "give the image itself, as a file or an image_url: this server keeps no files for a file_id")
+        raise _refused(
+            param, "give the image itself, as a file or an image_url: this server keeps no files for a file_id"
+        )
     scheme, _, rest = url.partition(":")
     match scheme.lower():
         case "data":

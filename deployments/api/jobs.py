@@ -194,9 +194,7 @@ def size_like(image: tuple[int, int], default: tuple[int, int], multiple: int) -
     return width, height
 
 
-def _frame_size(
-    wanted: GenerationRequest, default: tuple[int, int], max_pixels: int, multiple: int
-) -> tuple[int, int]:
+def _frame_size(wanted: GenerationRequest, default: tuple[int, int], max_pixels: int, multiple: int) -> tuple[int, int]:
     """Width and height. A side shorter than `multiple`, the model's own unit, costs as much as one that has it."""
     width, height = wanted.size or default
     width, height = wanted.width or width, wanted.height or height

@@ -75,7 +75,10 @@ def test_degrees_that_do_not_multiply_are_refused_with_the_equation(capsys: pyte
         (["--api-key", "two words"], "--api-key: String should match pattern"),
         (["--video-ttl", "0"], "--video-ttl: Input should be greater than 0"),
         (["--dit-cpu-offload", "--dit-layerwise-offload"], "exclude each other"),
-        (["--num-gpus", "2", "--ring-degree", "2", "--attention-backend", "fa"], "ring attention has a kernel of its own"),
+        (
+            ["--num-gpus", "2", "--ring-degree", "2", "--attention-backend", "fa"],
+            "ring attention has a kernel of its own",
+        ),
         (["--lora-scale", "nan"], "--lora-scale: Input should be a finite number"),
         (["--output-path", ""], "--output-path: String should have at least 1 character"),
     ],

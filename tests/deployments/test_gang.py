@@ -17,6 +17,7 @@ import pytest_asyncio
 import ray
 import torch
 from diffusers import WanTransformer3DModel
+from ray.exceptions import OutOfMemoryError
 
 from configs.server_args import ServerArgs
 from deployments import gang as gang_module
@@ -298,6 +299,45 @@ async def test_factors_that_went_with_their_owner_change_nothing(gang: Gang, ada
 
 
 # Death.
+
+
+async def test_ranks_that_cannot_load_for_now_break_the_gang(gang: Gang, monkeypatch: pytest.MonkeyPatch) -> None:
+    class UnluckyRank(Rank):
+        def load(self, init_method: str | None) -> None:
+            raise RuntimeError("CUDA out of memory")
+
+    gang.kill()
+    monkeypatch.setattr(gang_module, "Rank", UnluckyRank)
+    with pytest.raises(GangBroken, match="could not load the model: RuntimeError: CUDA out of memory"):
+        await gang.start()
+    assert not gang.loaded
+    monkeypatch.undo()
+    await heals(gang)
+
+
+async def test_a_gang_that_waits_for_its_ranks_has_nobody_to_tell_and_nobody_to_ask(gang: Gang) -> None:
+    gang.kill()
+    for order in (gang.stop, gang.suspend, gang.discard):
+        order("a job")
+    for question in (gang.identify_lora("a"), gang.load_lora("a"), gang.lora_bytes_held()):
+        with pytest.raises(APIError) as refused:
+            await question
+        assert (refused.value.status, refused.value.code) == (503, "not_ready")
+    await gang.start()
+
+
+async def test_a_rank_that_ray_killed_for_want_of_memory_has_died(gang: Gang, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray has an error of its own for it."""
+
+    async def killed(*args: object) -> None:
+        raise OutOfMemoryError("Task was killed due to the node running low on memory.\nMemory on the node …")
+
+    leader = SimpleNamespace(identify_lora=SimpleNamespace(remote=killed), ping=SimpleNamespace(remote=killed))
+    monkeypatch.setattr(gang, "ranks", [leader])
+    with pytest.raises(GangBroken, match=r"a rank died: Task was killed due to the node running low on memory\.$"):
+        await gang.ping()
+    with pytest.raises(APIError, match="replacing its workers: a rank died"):
+        await gang.identify_lora("a")
 
 
 async def test_a_killed_rank_breaks_the_gang_at_once_and_a_restart_heals_it(gang: Gang) -> None:

@@ -14,9 +14,10 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError
 
+from deployments.clients import StateClient
 from deployments.errors import APIError
 from deployments.interfaces import Video, VideoStatus
-from deployments.state import ACTOR_NAME, NAMESPACE, forget_state_actor, state_actor
+from deployments.state_actor import ACTOR_NAME, NAMESPACE, forget_state_actor, renew_state_actor, state_actor
 from tests.deployments import step_engine
 from tests.deployments.state.videos import (
     INPUTS,
@@ -30,7 +31,7 @@ from tests.deployments.step_engine import StepEngine, pixels
 
 def test_the_state_needs_no_torch():
     subprocess.run(
-        [sys.executable, "-c", "import sys, deployments.state; assert 'torch' not in sys.modules"], check=True
+        [sys.executable, "-c", "import sys, deployments.state_actor; assert 'torch' not in sys.modules"], check=True
     )
 
 
@@ -64,6 +65,27 @@ class TestTheActor:
             await actor.get_video.remote("video_1")
         again = state_actor(args, partial(StepEngine, engine.folder))
         assert (await again.get_video.remote("video_1")).job == a_job()
+
+    async def test_is_replaced_where_its_own_arguments_are_others(self, actor, args, engine):
+        await actor.create_video.remote(a_job(), INPUTS, "wan")
+        make = partial(StepEngine, engine.folder)
+        renew_state_actor(args.model_copy(update={"num_gpus": 2}), make)
+        assert (await actor.get_video.remote("video_1")).job == a_job()  # it does not read that one
+        renew_state_actor(args.model_copy(update={"max_queue": 1}), make)
+        with pytest.raises(ActorDiedError):
+            await actor.get_video.remote("video_1")
+        renewed = state_actor(args, make)
+        assert (await renewed.get_video.remote("video_1")).job == a_job()
+        assert not await renewed.serves.remote(args)
+
+    async def test_is_found_again_by_clients_of_one_that_is_gone_for_good(self, actor, args, engine):
+        client = StateClient(partial(state_actor, args, partial(StepEngine, engine.folder)))
+        await client.create_video(a_job(), INPUTS, "wan")
+        forget_state_actor()
+        with pytest.raises(APIError) as gone:
+            await client.get_video("video_1")
+        assert gone.value.status == 503
+        assert (await client.get_video("video_1")).job == a_job()
 
     async def test_answers_errors_as_they_are(self, actor):
         with pytest.raises(APIError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -87,6 +87,42 @@ async def test_a_merged_adapter_and_its_strength_outlive_the_state(
     with pytest.raises(APIError, match="'style' is merged"):
         await later.delete_lora("style")
     await later.close()
+
+
+@pytest.fixture
+def started_with(args: ServerArgs, engine: LoadingEngine) -> Callable[[str], State]:
+    """The state of a server that was started with the adapter at this path."""
+    return lambda path: State(args.model_copy(update={"lora_path": path, "lora_nickname": "start"}), lambda: engine)
+
+
+async def test_jobs_wait_for_the_adapter_of_the_start(started_with: Callable[[str], State]) -> None:
+    state = started_with("a")
+    assert [spec.identity for spec in await state.lora_for_job(None)] == ["a@1"]
+    await state.close()
+
+
+async def test_an_adapter_of_the_start_that_failed_is_tried_again(
+    started_with: Callable[[str], State], engine: LoadingEngine
+) -> None:
+    state = started_with("late")
+    for _ in range(2):
+        with pytest.raises(APIError, match="'late' does not exist"):
+            await state.lora_for_job(None)
+    engine.versions["late"] = 1
+    assert [spec.identity for spec in await state.lora_for_job(None)] == ["late@1"]
+    await state.close()
+
+
+async def test_whoever_sets_another_adapter_does_without_that_of_the_start(
+    started_with: Callable[[str], State], engine: LoadingEngine
+) -> None:
+    state = started_with("late")
+    with pytest.raises(APIError):
+        await state.adapters_open()
+    await state.set_lora([LoRARequest("style", "a")])
+    engine.versions["late"] = 1
+    assert [spec.identity for spec in await state.lora_for_job(None)] == ["a@1"]
+    await state.close()
 
 
 async def test_a_request_with_a_known_nickname_writes_nothing(state: State, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
 import ray
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from deployments.errors import APIError
 from deployments.interfaces import VideoError, VideoStatus
+from deployments.jobs import JobStore
 from deployments.state import State
 from deployments.storage import Storage
 from pipelines.job import InvalidJob, Job
@@ -111,7 +113,15 @@ class TestFailure:
         assert (await finished(state)).status is VideoStatus.COMPLETED
         await state.close()
 
-    @pytest.mark.parametrize("error", [ActorDiedError(), APIError(503, "The ranks are gone")])
+    @pytest.mark.parametrize(
+        "error",
+        [
+            ActorDiedError(),
+            OutOfMemoryError("killed by Ray"),
+            APIError(503, "The ranks are gone"),
+            sqlite3.OperationalError("database or disk is full"),
+        ],
+    )
     async def test_of_the_engine_in_the_middle_is_survived_and_progress_never_falls(self, args, tmp_path, error):
         engine = RaisingEngine(tmp_path, *[error] * (MAX_ATTEMPTS - 1), after=2)
         state = State(args, lambda: engine)
@@ -122,6 +132,24 @@ class TestFailure:
             await asyncio.sleep(0.001)
         assert seen[-1].status is VideoStatus.COMPLETED
         assert_never_goes_back(seen)
+        await state.close()
+
+    @pytest.mark.parametrize("engines_error", [None, APIError(500, "Out of memory")])
+    async def test_to_record_the_end_is_waited_out(self, args, tmp_path, monkeypatch, engines_error):
+        transition, full = JobStore.transition, [sqlite3.OperationalError("database or disk is full")] * 3
+
+        def transition_on_a_full_disk(jobs: JobStore, video_id: str, to: VideoStatus, **record) -> list[str]:
+            if to is not VideoStatus.IN_PROGRESS and full:
+                raise full.pop()
+            return transition(jobs, video_id, to, **record)
+
+        monkeypatch.setattr(JobStore, "transition", transition_on_a_full_disk)
+        engine = RaisingEngine(tmp_path, *([engines_error] if engines_error else []), after=2)
+        state = State(args, lambda: engine)
+        await state.create_video(a_job(), INPUTS, "wan")
+        assert (await finished(state)).status is (VideoStatus.FAILED if engines_error else VideoStatus.COMPLETED)
+        assert full == []
+        assert engine.journal("video_1").count("began") == 1
         await state.close()
 
     async def test_of_the_engine_at_every_attempt_fails_the_job_in_the_end(self, args, tmp_path):

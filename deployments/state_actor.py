@@ -1,0 +1,83 @@
+"""`State` as an actor: one for the whole cluster, named and detached, that outlives every engine, ingress and
+deployment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import ray
+from ray.actor import ActorHandle
+
+from configs.server_args import ServerArgs
+from deployments import log
+from deployments.losses import PROCESS_LOST
+from deployments.state import ServedEngine, State
+
+ACTOR_NAME = "ditserve-state"
+NAMESPACE = "ditserve"
+
+SETTINGS = (
+    "output_path",
+    "state_path",
+    "video_ttl",
+    "storage_bytes",
+    "max_queue",
+    "max_retries",
+    "lora_path",
+    "lora_nickname",
+    "lora_scale",
+    "lora_switch",
+    "lora_cache_bytes",
+    "log_level",
+    "log_format",
+)
+"""The arguments that the state actor reads."""
+
+
+class StateProcess(State):
+    """`State` with a process of its own."""
+
+    def __init__(self, args: ServerArgs, engine: Callable[[], ServedEngine]):
+        log.configure(args, "state")
+        super().__init__(args, engine)
+
+    async def serves(self, args: ServerArgs) -> bool:
+        """Whether it would be the same with these arguments."""
+        return all(getattr(args, name) == getattr(self._args, name) for name in SETTINGS)
+
+
+def state_actor(args: ServerArgs, engine: Callable[[], ServedEngine]) -> ActorHandle:
+    """The state actor of this Ray cluster: the one that lives, else a new one. It stays on the head node, where its
+    files are."""
+    options = {
+        "name": ACTOR_NAME,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "num_cpus": 0,
+        "resources": {"node:__internal_head__": 0.001},
+        # Not in the placement group of the engine replica that may be the first to ask: it would end with it.
+        "scheduling_strategy": "DEFAULT",
+        "max_restarts": -1,
+        # Calls that a crash interrupts are made again, and clients do not notice: every method may be repeated. Not
+        # without bound, for it may be the call that is the cause.
+        "max_task_retries": 3,
+        "max_concurrency": 1000,
+    }
+    return ray.remote(**options)(StateProcess).remote(args, engine)
+
+
+def renew_state_actor(args: ServerArgs, engine: Callable[[], ServedEngine]) -> None:
+    """Put one with these arguments in the place of a living one with others, which would keep them for ever: its
+    replicas come and go, it stays. What it knows is on the disk."""
+    with suppress(ValueError, *PROCESS_LOST):  # there is none, or it can't live with its own arguments
+        while not ray.get(ray.get_actor(ACTOR_NAME, namespace=NAMESPACE).serves.remote(args)):
+            forget_state_actor()
+            state_actor(args, engine)  # at once, before a replica of the old arguments asks for one
+
+
+def forget_state_actor() -> None:
+    """End the state actor, if there is one. What it knows is on the disk; the next one goes on with it."""
+    with suppress(ValueError):
+        ray.kill(ray.get_actor(ACTOR_NAME, namespace=NAMESPACE))

@@ -1,0 +1,69 @@
+"""`State` and videos that wait: how many are with the engine, and which goes next."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from configs.server_args import ServerArgs
+from deployments import video_runner
+from deployments.state import State
+from deployments.video_runner import VIDEOS_PER_REPLICA
+from tests.deployments.state.videos import INPUTS, a_job, finished, until
+from tests.deployments.step_engine import StepEngine
+
+IDS = [f"video_{number}" for number in range(3 * VIDEOS_PER_REPLICA)]
+
+
+@pytest.fixture(autouse=True)
+def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_runner, "_ROOM_DELAY_S", 0.01)
+
+
+def begun(engine: StepEngine) -> list[str]:
+    return [video_id for video_id in IDS if engine.journal(video_id)]
+
+
+async def fill(state: State, engine: StepEngine) -> None:
+    """Have more videos than one replica takes; none ends before it is told to."""
+    for video_id in IDS:
+        engine.allow(video_id, 1)
+        await state.create_video(a_job(video_id), INPUTS, "wan")
+
+
+async def test_a_replica_is_given_few_videos_and_the_oldest_of_the_others_once_one_is_done(
+    state: State, engine: StepEngine
+) -> None:
+    await fill(state, engine)
+    await until(lambda: begun(engine) == IDS[:VIDEOS_PER_REPLICA])
+    await asyncio.sleep(0.1)
+    assert begun(engine) == IDS[:VIDEOS_PER_REPLICA]
+    engine.allow(IDS[2], 4)
+    await finished(state, IDS[2])
+    await until(lambda: begun(engine) == IDS[: VIDEOS_PER_REPLICA + 1])
+
+
+async def test_a_replica_that_starts_later_is_given_of_those_that_wait(state: State, engine: StepEngine) -> None:
+    await fill(state, engine)
+    await until(lambda: begun(engine) == IDS[:VIDEOS_PER_REPLICA])
+    polls = [asyncio.create_task(state.watch_default(name, None)) for name in ("first", "second")]
+    await until(lambda: begun(engine) == IDS[: 2 * VIDEOS_PER_REPLICA])
+    await asyncio.gather(*polls)
+
+
+async def test_a_video_that_waits_is_deleted_at_once_and_leaves_its_place(state: State, engine: StepEngine) -> None:
+    await fill(state, engine)
+    await until(lambda: begun(engine) == IDS[:VIDEOS_PER_REPLICA])
+    await asyncio.wait_for(state.delete_video(IDS[VIDEOS_PER_REPLICA]), 1)
+    engine.allow(IDS[0], 4)
+    await until(lambda: begun(engine) == [*IDS[:VIDEOS_PER_REPLICA], IDS[VIDEOS_PER_REPLICA + 1]])
+
+
+async def test_all_of_them_are_done_in_the_end(args: ServerArgs, engine: StepEngine) -> None:
+    state = State(args, lambda: engine)
+    for video_id in IDS:
+        await state.create_video(a_job(video_id), INPUTS, "wan")
+    for video_id in IDS:
+        assert (await finished(state, video_id)).error is None
+    await state.close()

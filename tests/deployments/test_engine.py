@@ -1,0 +1,150 @@
+"""The engine over a gang without ranks: what becomes of jobs that are asked for twice, and of a gang that is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from configs.server_args import ServerArgs
+from deployments import engine as engine_module
+from deployments.engine import Engine
+from deployments.errors import APIError
+from deployments.rank import Stopped
+from pipelines.job import Event, Job, Media, Output, Progress, Result, Task
+
+
+class StepwiseGang:
+    """Takes a step for each `allow`, and heeds orders as ranks do: at the end of a step, by the job's id."""
+
+    def __init__(self, args: ServerArgs, placement_group: object):
+        self.loaded = True
+        self.composition = ()
+        self.is_lost = False
+        self.began: list[str] = []
+        self._orders: list[str] = []
+        self._steps = asyncio.Semaphore(0)
+
+    async def start(self) -> str:
+        return "the model's card"
+
+    async def lost(self) -> None:
+        await asyncio.Event().wait()
+
+    def allow(self, steps: int) -> None:
+        for _ in range(steps):
+            self._steps.release()
+
+    def stop(self, job_id: str) -> None:
+        self._orders.append(job_id)
+
+    def suspend(self, job_id: str) -> None:
+        pytest.fail("no picture waits")
+
+    async def run(self, job: Job, media: Media, progress: bool) -> AsyncIterator[Event]:
+        self.began.append(job.id)
+        for step in range(job.num_inference_steps):
+            await self._steps.acquire()
+            if job.id in self._orders:
+                self._orders.remove(job.id)
+                raise Stopped(job.id)
+            yield Progress(step + 1, job.num_inference_steps)
+        yield Result((Output(b"clip"),), {})
+
+
+class SilentState:
+    """Has no news."""
+
+    async def watch_default(self, replica_id: str, known_version: int | None) -> tuple[int, tuple[()]]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+class NoMetrics:
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(inc=lambda *_: None) if name.endswith("s") and name != "steps" else lambda *_: None
+
+
+@pytest.fixture
+async def engine(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
+    monkeypatch.setattr(engine_module, "Gang", StepwiseGang)
+    monkeypatch.setattr(engine_module, "EngineMetrics", NoMetrics)
+    monkeypatch.setattr(engine_module, "StateClient", lambda find: SilentState())
+    monkeypatch.setattr(engine_module, "get_current_placement_group", lambda: None)
+    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="one"))
+    monkeypatch.setattr(engine_module.serve, "get_replica_context", lambda: context)
+    engine = Engine.__new__(Engine)
+    await engine.__init__(ServerArgs())  # type: ignore[misc]
+    yield engine
+    for task in engine._tasks:
+        task.cancel()
+
+
+VIDEO = Job(
+    id="video_1", task=Task.TEXT_TO_VIDEO, prompt="waves", width=64, height=64, num_inference_steps=4, seeds=(1,)
+)
+
+
+def asked_for(engine: Engine) -> asyncio.Task[list[Event]]:
+    async def events() -> list[Event]:
+        return [event async for event in engine.generate(VIDEO, {}, progress=True)]
+
+    return asyncio.create_task(events())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+async def test_a_job_that_is_asked_for_again_ends_for_who_asked_before(engine: Engine) -> None:
+    gang = engine.gang
+    first = asked_for(engine)
+    await until(lambda: gang.began == ["video_1"])
+    second = asked_for(engine)
+    with pytest.raises(APIError) as taken:
+        await asyncio.wait_for(first, 5)
+    assert taken.value.code == "taken_over"
+    gang.allow(5)
+    assert (await asyncio.wait_for(second, 5))[-2] == Progress(4, 4)
+    assert gang.began == ["video_1", "video_1"]
+
+
+async def test_a_job_that_waits_is_taken_over_too(engine: Engine) -> None:
+    gang = engine.gang
+    running = asyncio.create_task(anext(engine.generate(VIDEO.model_copy(update={"id": "video_0"}), {}, True)))
+    await until(lambda: gang.began == ["video_0"])
+    first, second = asked_for(engine), asked_for(engine)
+    with pytest.raises(APIError):
+        await asyncio.wait_for(first, 5)
+    gang.allow(8)
+    assert isinstance((await asyncio.wait_for(second, 5))[-1], Result)
+    assert gang.began == ["video_0", "video_1"]
+    await running
+
+
+async def test_an_order_that_comes_late_loses_no_job(engine: Engine) -> None:
+    gang = engine.gang
+    gang.stop("video_1")  # meant for an asking that had ended when it came
+    asked = asked_for(engine)
+    gang.allow(5)
+    assert [event.step for event in (await asyncio.wait_for(asked, 5))[:-1]] == [0, 0, 1, 2, 3, 4]
+    assert gang.began == ["video_1", "video_1"]
+
+
+async def test_an_engine_whose_work_has_ended_is_unhealthy(engine: Engine) -> None:
+    await engine.check_health()
+
+    def broken(*args: object) -> None:
+        raise ArithmeticError("a mistake of ours")
+
+    engine.schedule.take = broken  # type: ignore[method-assign]
+    asked = asked_for(engine)
+    await until(lambda: any(task.done() for task in engine._tasks))
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        await engine.check_health()
+    asked.cancel()
