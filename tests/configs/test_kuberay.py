@@ -169,10 +169,18 @@ def test_every_mount_has_its_volume_and_shared_memory_is_memory(pods: list[dict[
 
 
 def test_draining_takes_longer_than_the_longest_job(
-    spec: dict[str, Any], serve_config: dict[str, Any], engine: dict[str, Any], worker: dict[str, Any]
+    spec: dict[str, Any],
+    serve_config: dict[str, Any],
+    application: dict[str, Any],
+    engine: dict[str, Any],
+    pods: list[dict[str, Any]],
+    worker: dict[str, Any],
 ) -> None:
     longest_job = serve_config["http_options"]["request_timeout_s"]
-    assert engine["graceful_shutdown_timeout_s"] >= longest_job
+    for deployment in application["deployments"]:
+        assert deployment["graceful_shutdown_timeout_s"] >= longest_job
+    for pod in pods:
+        assert int(environment(pod)["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) >= longest_job
     assert worker["terminationGracePeriodSeconds"] > engine["graceful_shutdown_timeout_s"]
     assert spec["rayClusterDeletionDelaySeconds"] > engine["graceful_shutdown_timeout_s"]
 
