@@ -25,7 +25,10 @@ from pipelines.job import Preview, Progress, Result
 
 router = APIRouter(prefix="/v1/images", tags=["Images"])
 
-_ANSWERS = {200: {"model": ImagesResponse, "content": event_stream()}, **errors(400, 403, 404, 409, 413, 429, 500, 503, 504)}
+_ANSWERS = {
+    200: {"model": ImagesResponse, "content": event_stream()},
+    **errors(400, 403, 404, 409, 413, 429, 500, 503, 504),
+}
 
 
 @router.post("/generations", responses=_ANSWERS, openapi_extra=request_body(ImageGenerationRequest, JSON))
