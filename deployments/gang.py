@@ -19,6 +19,7 @@ from deployments.adapters import LoadedAdapter
 from deployments.errors import APIError
 from deployments.losses import PROCESS_LOST, cause, first_line
 from deployments.rank import Rank, WeightsLost
+from deployments.stall import Stalled
 from pipelines.job import Event, Job, LoRASpec, Media, Result
 
 logger = logging.getLogger(__name__)
@@ -271,14 +272,17 @@ class Gang:
             raise APIError(503, f"The engine is replacing its workers: {broken}", code="not_ready") from None
 
     async def ping(self) -> None:
-        """Return once every rank has answered. Raises `GangBroken` when one is dead or hangs."""
+        """Return once every rank has answered. Raises `GangBroken` when one is dead, hangs, or is stuck in its job."""
         try:
             await asyncio.wait_for(self._answers(), HANG_SECONDS)
         except TimeoutError:
             raise GangBroken(f"a rank has not answered for {HANG_SECONDS:.0f} s") from None
 
     async def _answers(self) -> None:
-        await asyncio.gather(*[_result(rank.ping.remote()) for rank in self.ranks])
+        try:
+            await asyncio.gather(*[_result(rank.ping.remote()) for rank in self.ranks])
+        except Stalled as stalled:
+            raise GangBroken(f"a rank is stuck: {stalled}") from None
 
     def kill(self) -> None:
         """End every rank at once."""

@@ -26,6 +26,7 @@ from configs.model_family import ModelCard
 from configs.server_args import ServerArgs
 from deployments import log
 from deployments.adapters import LoadedAdapter
+from deployments.stall import Advance
 from pipelines.job import Event, InvalidJob, Job, LoRASpec, Media, Progress
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class Rank:
         self.mesh: Mesh | None = None
         self._orders: dict[str, Decision] = {}
         """By job, what was asked for since its last step. Rank 0 alone has any."""
+        self._advance = Advance()
         self._suspended: dict[str, Generator[Event]] = {}
 
     @ray.method(concurrency_group="control")
@@ -177,14 +179,16 @@ class Rank:
         for other in set(self._orders) - {job.id}:
             del self._orders[other]
         try:
-            for event in generation:
-                decision = self._agree(job.id) if isinstance(event, Progress) else Decision.GO_ON
-                if decision is Decision.STOP:
-                    raise Stopped(job.id)
-                yield event
-                if decision is Decision.SUSPEND:
-                    self._suspended[job.id] = generation
-                    raise Suspended(job.id)
+            with self._advance.of_a_job():
+                for event in generation:
+                    self._advance.step()
+                    decision = self._agree(job.id) if isinstance(event, Progress) else Decision.GO_ON
+                    if decision is Decision.STOP:
+                        raise Stopped(job.id)
+                    yield event
+                    if decision is Decision.SUSPEND:
+                        self._suspended[job.id] = generation
+                        raise Suspended(job.id)
         except (InvalidJob, Stopped, Suspended):
             raise
         except Exception as error:
@@ -280,5 +284,10 @@ class Rank:
 
     @ray.method(concurrency_group="health")
     def ping(self) -> int:
-        """Answer with the process id, also while a job is computed or an adapter is read."""
+        """Answer with the process id, also while a job is computed or an adapter is read.
+
+        Raises:
+            Stalled: the job does not come forward.
+        """
+        self._advance.check()
         return os.getpid()

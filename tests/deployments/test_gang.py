@@ -365,6 +365,23 @@ async def test_a_rank_that_hangs_breaks_the_gang_and_a_restart_heals_it(
         os.kill(victim, 0)
 
 
+async def test_ranks_that_are_stuck_in_their_job_break_the_gang_though_they_answer(gang: Gang) -> None:
+    def sleep_in_the_next_job(rank: Rank) -> None:
+        import time
+
+        from deployments import stall
+        from pipelines import generation
+
+        stall.STALL_SECONDS = 1.0
+        generation.generate = lambda *_: iter(lambda: time.sleep(60), "never")
+
+    for rank in gang.ranks:
+        await on(rank, sleep_in_the_next_job)
+    with pytest.raises(GangBroken, match="a rank is stuck: its job has not come forward"):
+        await asyncio.wait_for(events_of(gang, job("stuck in a kernel")), timeout=15)
+    await heals(gang)
+
+
 async def test_a_rank_without_memory_breaks_the_gang_and_a_restart_heals_it(
     gang: Gang, monkeypatch: pytest.MonkeyPatch
 ) -> None:
