@@ -7,27 +7,36 @@ collective.
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import socket
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import ray
 
 from configs.model_family import ModelCard
 from configs.server_args import ServerArgs
 from deployments import log
 from deployments.adapters import LoadedAdapter
+from deployments.rank_process import cheap_imports, have_gloo_listen_on, have_threads_spin_briefly
 from deployments.stall import Advance
-from pipelines.job import Event, InvalidJob, Job, LoRASpec, Media, Progress
+from pipelines.job import (
+    Event,
+    FailedAlone,
+    InvalidJob,
+    Job,
+    LoRASpec,
+    Media,
+    OutputDone,
+    Preview,
+    Progress,
+    Result,
+)
 
 if TYPE_CHECKING:
     from lora.load import Source
@@ -46,37 +55,9 @@ class Decision(IntEnum):
     STOP = 2
 
 
-SPIN_COUNT = "10000"
-"""How often a thread of libgomp looks for work before it sleeps: for a fraction of a millisecond, which is shorter than
-its own default and longer than from one operation of a model to the next. A 256x256 picture of the bundled model, ten
-steps on two cores, took 0.91 s (by default 1.07 s, with threads that sleep at once 1.39 s), and beside a process that
-keeps a core busy 2.8 s (3.2 s, 1.4 s): a server has its cores to itself, or its user sets `OMP_WAIT_POLICY`."""
-
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits inside a collective. Rank 0 decodes and encodes alone while the others are already done, so
 this bounds a denoising step, not a job; a dead or hung rank is noticed from outside, long before."""
-
-
-@contextmanager
-def _cheap_imports() -> Iterator[None]:
-    """Import without garbage collection, and leave what was imported out of later ones: of the 7 s of CPU that torch,
-    diffusers and transformers take to import, 2 are spent looking for garbage among objects that all stay."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-def _have_gloo_listen_on(address: str) -> None:
-    """Gloo is told an interface, if one has this address (behind NAT none has), unless the user has told it.
-
-    By itself it listens where the host's name leads to, which on Debian is 127.0.1.1, also on a cluster.
-    """
-    for interface, addresses in psutil.net_if_addrs().items():
-        if address in (each.address for each in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 class Stopped(Exception):
@@ -132,9 +113,8 @@ class Rank:
         """
         if self.args.lora_dir is not None and not Path(self.args.lora_dir).is_dir():
             raise ValueError(f"There is no folder '{self.args.lora_dir}' to take adapters from")
-        if "OMP_WAIT_POLICY" not in os.environ:
-            os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
-        with _cheap_imports():
+        have_threads_spin_briefly()
+        with cheap_imports():
             import torch
 
             from lora.merge import Merger
@@ -145,7 +125,7 @@ class Rank:
         # Ray sets OMP_NUM_THREADS from num_cpus, which is a scheduling fraction here: share the cores instead.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.ranks_on_node))
         if init_method is not None:
-            _have_gloo_listen_on(ray.util.get_node_ip_address())
+            have_gloo_listen_on(ray.util.get_node_ip_address())
             self.mesh = Mesh.create(
                 self.args.parallel, self.rank, resolve_device(self.args.device), init_method, COLLECTIVE_TIMEOUT
             )
@@ -163,7 +143,7 @@ class Rank:
             Suspended: `suspend` was called; the same call again goes on after the step it was left in.
         """
         for event in self._steps(job, media):
-            if progress or not isinstance(event, Progress):
+            if isinstance(event, Preview | Result) or (progress and isinstance(event, Progress)):
                 yield event
 
     def follow(self, job: Job, media: Media) -> None:
@@ -182,7 +162,8 @@ class Rank:
             with self._advance.of_a_job():
                 for event in generation:
                     self._advance.step()
-                    decision = self._agree(job.id) if isinstance(event, Progress) else Decision.GO_ON
+                    is_common = isinstance(event, Progress | OutputDone)
+                    decision = self._agree(job.id) if is_common else Decision.GO_ON
                     if decision is Decision.STOP:
                         raise Stopped(job.id)
                     yield event
@@ -194,7 +175,10 @@ class Rank:
         except Exception as error:
             with log.about(job.id):
                 logger.exception("the generation failed")
-            raise JobFailed(f"{type(error).__name__}: {error}") from None
+            if isinstance(error, FailedAlone) and self.mesh is not None:
+                self.mesh.agree(Decision.STOP)  # where the others wait, or will
+            reason = error.__cause__ if isinstance(error, FailedAlone) else error
+            raise JobFailed(f"{type(reason).__name__}: {reason}") from None
         finally:
             self._orders.pop(job.id, None)
             if job.id not in self._suspended:

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from pipelines.arguments import call_arguments
-from pipelines.job import Event, InvalidJob, Job, Media, Preview, Progress, Result
+from pipelines.job import Event, FailedAlone, InvalidJob, Job, Media, OutputDone, Preview, Progress, Result
 from pipelines.load import Model
 from pipelines.media import decode_image, decode_mask, encode_image
 from pipelines.outputs import asked_frames, encode_output, to_frame
@@ -30,12 +30,13 @@ def generate(model: Model, job: Job, media: Media) -> Generator[Event, None, Non
     that started them, and each gives the pixels that it gives alone. `close()` ends one in the step it is suspended
     in and leaves the model as it was.
 
-    In a gang every rank advances the same generation in lock step, and all give the same `Progress`. Rank 0 alone
-    decodes: it gives the previews, each before the `Progress` of its step, and the outputs; the `Result` of the
-    others has none.
+    In a gang every rank advances the same generation in lock step, and all give the same `Progress` and `OutputDone`.
+    Rank 0 alone decodes: it gives the previews, each before the `Progress` of its step, and the outputs; the `Result`
+    of the others has none.
 
     Raises:
         InvalidJob: an input is no picture, or the pipeline itself refuses an argument.
+        FailedAlone: rank 0 could not decode or encode; the others come to their next `Progress` or `OutputDone`.
     """
     return iterate(lambda emit: Generation(model, job, emit).run(*decoded_inputs(job, media)))
 
@@ -94,12 +95,23 @@ class Generation:
                 self.stopwatch.enter("media")
                 if self._leads:
                     outputs.append(encode_output(pixels, job))
+                if self._others_wait_for_the_next:
+                    self._give(OutputDone())
                 self._outputs_done += 1
+        except Exception as error:
+            if self._leads and self.stopwatch.stage in ("decode", "media") and self._others_wait_for_the_next:
+                raise FailedAlone from error
+            raise
         finally:
             self.model.rest_transformers()
             dismantle(pipeline)
         self.stopwatch.stop()
         self._emit(Result(tuple(outputs), self.stopwatch.seconds))
+
+    @property
+    def _others_wait_for_the_next(self) -> bool:
+        """Whether there are other ranks, and an output after this one."""
+        return self.model.mesh is not None and self._outputs_done + 1 < len(self.job.seeds)
 
     def _progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> StepBar:
         """Stands in for the pipeline's own."""
@@ -121,10 +133,17 @@ class Generation:
         # Unshared: the other ranks give no previews and would not meet this one in a collective.
         pipeline = self.model.unshared_pipeline_for(self.job.task)
         pipeline.encode_prompt = recorded(pipeline.encode_prompt, self._encodings)
-        pixels = decode_latents(pipeline, estimate.latents(), self._arguments)
-        dismantle(pipeline)
-        frame = to_frame(asked_frames(pixels, self.job)[0])
-        self._give(Preview(due.index(step), encode_image(frame, self.job.output_format, self.job.output_compression)))
+        try:
+            pixels = decode_latents(pipeline, estimate.latents(), self._arguments)
+            frame = to_frame(asked_frames(pixels, self.job)[0])
+            data = encode_image(frame, self.job.output_format, self.job.output_compression)
+        except Exception as error:
+            if self.model.mesh is not None:
+                raise FailedAlone from error
+            raise
+        finally:
+            dismantle(pipeline)
+        self._give(Preview(due.index(step), data))
 
     def _give(self, event: Event) -> None:
         with self.stopwatch.paused():

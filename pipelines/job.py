@@ -128,7 +128,16 @@ class Result:
     """Wall time by stage: encode, denoise, decode, media."""
 
 
-Event = Progress | Preview | Result
+@dataclass(frozen=True)
+class OutputDone:
+    """In a gang, an output that is not the last is done: all ranks have taken its steps, and rank 0 has encoded it."""
+
+
+Event = Progress | Preview | OutputDone | Result
+
+
+class FailedAlone(Exception):
+    """Rank 0 of a gang failed, by its cause, in what it does while the others go on to where all agree."""
 
 
 class InvalidJob(ValueError):

@@ -24,7 +24,7 @@ from deployments import gang as gang_module
 from deployments.adapters import LoadedAdapter
 from deployments.errors import APIError
 from deployments.gang import Gang, GangBroken
-from deployments.rank import Rank, Stopped, Suspended
+from deployments.rank import JobFailed, Rank, Stopped, Suspended
 from lora.factors import Delta, Factors
 from pipelines.bundled import model_directory
 from pipelines.job import Event, InvalidJob, Job, LoRASpec, Media, Progress, Result, Task
@@ -133,6 +133,31 @@ async def test_what_the_pipeline_refuses_is_an_invalid_job_and_breaks_nothing(ga
     with pytest.raises(InvalidJob, match="Not a PNG"):
         await events_of(gang, job("refused", task=Task.IMAGE_TO_VIDEO, images=("junk",)), {"junk": b"no picture"})
     assert isinstance((await events_of(gang, job("after a refusal")))[-1], Result)
+
+
+@pytest.mark.parametrize("fails", ["encode_output", "encode_image"])
+async def test_what_the_leader_cannot_encode_fails_alone_and_breaks_nothing(gang: Gang, fails: str) -> None:
+    """An output amid several, or a preview: the other ranks are on their way to the next step."""
+
+    def refuse(rank: Rank, function: str) -> None:
+        from pipelines import generation
+
+        def no_memory(*_: object) -> None:
+            setattr(generation, function, encode)
+            raise MemoryError("no memory")
+
+        encode = getattr(generation, function)
+        setattr(generation, function, no_memory)
+
+    processes = [await rank.ping.remote() for rank in gang.ranks]
+    await on(gang.ranks[0], refuse, fails)
+    several = {"seeds": (1, 2, 3)} if fails == "encode_output" else {"partial_images": 2}
+    with pytest.raises(JobFailed, match="MemoryError: no memory"):
+        await asyncio.wait_for(events_of(gang, job(fails, **several)), timeout=30)
+    *steps, result = await events_of(gang, job(f"after {fails}", seeds=(1, 2)))
+    assert steps == [Progress(step, 6) for step in range(1, 7)]
+    assert len(result.outputs) == 2
+    assert [await rank.ping.remote() for rank in gang.ranks] == processes
 
 
 # Adapters.
