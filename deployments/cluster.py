@@ -8,7 +8,7 @@ import random
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partialmethod
 from itertools import islice
@@ -38,6 +38,16 @@ PROXY_ENVIRONMENT = {
 }
 
 
+FRUGAL_ENVIRONMENT = {
+    # No workers in reserve, and no record of every call for a dashboard that is not there (0.04 of a core when idle).
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Serve's controller looks around 4 times a second, not 10: 0.03 of a core less when idle, and no later start.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+}
+"""What Ray and Serve read when their processes start, unless the user has set it."""
+
 UNUSED_RAY_PROCESSES = ("api_server", "monitor", "log_monitor")
 """What Ray starts beside its core with every cluster, and has no setting for: the dashboard (also where none is wanted,
 for usage statistics), the autoscaler of a cluster that has one machine, and what copies the logs of workers to a driver
@@ -62,58 +72,65 @@ def served(args: ServerArgs) -> Iterator[ServerArgs]:
         StartFailed: the port is taken, or the model cannot be loaded.
     """
     check_port(args.host, args.port)
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ditserve-"))
-        environment = private_proxy_environment(folder)
-        os.environ.update(environment)
-        # Ray reads these when its processes start: no workers in reserve, and no record of every call for a dashboard
-        # that is not there (0.04 of a core when idle).
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Serve's controller looks around 4 times a second, not 10: 0.03 of a core less when idle, and no later start.
-        os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.25")
+    joined = bool(os.environ.get("RAY_ADDRESS"))
+    with (
+        tempfile.TemporaryDirectory(prefix="ditserve-") as folder,
+        _ray(args, private_proxy_environment(folder), joined),
+        _application(args, joined) as settled,
+    ):
+        yield settled
 
-        import ray
-        from ray import serve
-        from ray._private.node import Node
-        from ray._private.parameter import RayParams
 
-        from deployments.app import build, settle
-        from deployments.state_actor import ACTOR_NAME, NAMESPACE, forget_state_actor
+@contextmanager
+def _ray(args: ServerArgs, environment: Mapping[str, str], joined: bool) -> Iterator[None]:
+    """Ray and Serve, of a cluster that was joined or of one that is started here with no more than is needed."""
+    os.environ.update(environment)
+    for name, value in FRUGAL_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
-        joined = bool(os.environ.get("RAY_ADDRESS"))
-        # Serve announces itself in three lines; the command line has one of its own.
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        for process in UNUSED_RAY_PROCESSES:
-            setattr(Node, f"start_{process}", _start_nothing)
-        # Any free port for the agent on each node, whose own is 52365: Ray tries that for 3 s where it is taken, as it
-        # is beside another server, and has no setting for it in a cluster that is started here.
-        RayParams.__init__ = partialmethod(RayParams.__init__, dashboard_agent_listen_port=0)
-        local_cluster = {
-            "num_cpus": _cpus_to_offer(args),
-            "include_dashboard": False,
-            "_metrics_export_port": args.metrics_port,
-        }
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            ray.init(log_to_driver=False, logging_level="warning", **({} if joined else local_cluster))
-        except Exception as error:  # Ray raises just that when a machine is too busy to start it within 30 s
-            raise StartFailed(f"Ray did not start: {error}") from error
-        for number, handler in handlers.items():  # Ray has put its own in their place
-            signal.signal(number, handler)
-        stack.callback(ray.shutdown)
+    import ray
+    from ray import serve
+
+    _start_less_of_ray()
+    local_cluster = {
+        "num_cpus": _cpus_to_offer(args),
+        "include_dashboard": False,
+        "_metrics_export_port": args.metrics_port,
+    }
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ray.init(log_to_driver=False, logging_level="warning", **({} if joined else local_cluster))
+    except Exception as error:  # Ray raises just that when a machine is too busy to start it within 30 s
+        raise StartFailed(f"Ray did not start: {error}") from error
+    for number, handler in handlers.items():  # Ray has put its own in their place
+        signal.signal(number, handler)
+    try:
         serve.start(
             proxy_location="EveryNode" if joined else "HeadOnly",
             http_options=http_options(args),
             logging_config=logging_config(args),
             # A cluster started here has inherited it, and saves the 2 s that Ray takes to make runtime environments.
-            controller_options={"runtime_env": {"env_vars": environment}} if joined else None,
+            controller_options={"runtime_env": {"env_vars": dict(environment)}} if joined else None,
         )
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _application(args: ServerArgs, joined: bool) -> Iterator[ServerArgs]:
+    """The application, deployed and with the adapter of its start merged; on a cluster that stays it is taken down."""
+    import ray
+    from ray import serve
+
+    from deployments.app import build, settle
+    from deployments.state_actor import ACTOR_NAME, NAMESPACE, forget_state_actor
+
+    with ExitStack() as undo:
         if joined:
             # The state actor ends first: it would ask for its videos again, and find no engine for them.
-            stack.callback(serve.delete, APPLICATION)
-            stack.callback(forget_state_actor)
+            undo.callback(serve.delete, APPLICATION)
+            undo.callback(forget_state_actor)
         try:
             serve.run(build(args), name=APPLICATION, route_prefix="/")
             ray.get(ray.get_actor(ACTOR_NAME, NAMESPACE).adapters_open.remote())
@@ -125,6 +142,24 @@ def served(args: ServerArgs) -> Iterator[ServerArgs]:
         yield settle(args)
 
 
+def _start_less_of_ray() -> None:
+    """Have Ray leave out what it has no setting for."""
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    # Serve announces itself in three lines; the command line has one of its own.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    for process in UNUSED_RAY_PROCESSES:
+        setattr(Node, f"start_{process}", _start_nothing)
+    # Any free port for the agent on each node, whose own is 52365: Ray tries that for 3 s where it is taken, as it is
+    # beside another server.
+    RayParams.__init__ = partialmethod(RayParams.__init__, dashboard_agent_listen_port=0)
+
+
+def _start_nothing(node: object, **settings: object) -> None:
+    """In place of a method of Ray's `Node`."""
+
+
 def http_options(args: ServerArgs) -> dict[str, Any]:
     """Where Serve's proxies listen. A picture may take minutes: no request is ended for its time."""
     return {"host": args.host, "port": args.port, "keep_alive_timeout_s": 90}
@@ -133,10 +168,6 @@ def http_options(args: ServerArgs) -> dict[str, Any]:
 def logging_config(args: ServerArgs) -> dict[str, Any]:
     """How Serve's own processes log. The ingress has a log of requests of its own."""
     return {"log_level": args.log_level.upper(), "encoding": args.log_format.upper(), "enable_access_log": False}
-
-
-def _start_nothing(node: object, **settings: object) -> None:
-    """In place of a method of Ray's `Node`."""
 
 
 def check_port(host: str, port: int) -> None:
