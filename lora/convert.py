@@ -1,4 +1,4 @@
-"""Key names of every public adapter format, made diffusers' own: `[transformer.]<module>.lora_A.weight` and the like.
+"""Key names of every public adapter format, made diffusers' own: `<module>.lora_A.weight` and the like, by transformer.
 
 Foreign names are diffusers' work (each family's `lora_state_dict`). Here is what it leaves open: which keys it left
 unused, alphas that it would round to half precision, and files in PEFT's and diffusers' own naming, which it would
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
@@ -18,6 +19,8 @@ from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 from lora.provenance import Traced, used_keys
 from lora.source import InvalidAdapter
 from lora.wan import take_full_updates
+
+T = TypeVar("T")
 
 PEFT_PREFIX = "base_model.model."
 
@@ -29,10 +32,10 @@ LAYER = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.(?P<kind>w
 
 @dataclass(frozen=True)
 class Converted:
-    layers: Mapping[str, torch.Tensor]
-    """Halves of low-rank pairs, by key in diffusers' naming."""
-    alphas: Mapping[str, float] = field(default_factory=dict)
-    """By module; alphas that are already folded into the layers are not among them."""
+    layers: Mapping[str, Mapping[str, torch.Tensor]]
+    """Halves of low-rank pairs, by transformer, then by key in diffusers' naming."""
+    alphas: Mapping[str, Mapping[str, float]]
+    """By transformer, then by module; alphas that are already folded into the layers are not among them."""
     whole: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Whole-tensor updates of the first transformer by parameter name."""
 
@@ -50,24 +53,22 @@ def convert(
     """
     ours = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
     if any(_names_a_layer(key, transformers) for key in ours):
-        return Converted(*_without_alphas(ours))
+        return Converted(*_without_alphas(ours, transformers))
+    return _by_diffusers(tensors, pipeline_class, transformers)
 
-    if not hasattr(pipeline_class, "lora_state_dict"):
-        raise InvalidAdapter(f"can't be used: {pipeline_class.__name__} takes no LoRA")
-    # In fp32, so that folding in an alpha rounds nothing.
-    traced, read = Traced.of({key: tensor.float() for key, tensor in tensors.items()})
-    whole = take_full_updates(traced) if issubclass(pipeline_class, WanLoraLoaderMixin) else {}
-    layers, alphas = _by_diffusers(traced, pipeline_class) if traced else ({}, {})
 
-    used = used_keys([*layers.values(), *whole.values()], read)
-    unused = [key for key in tensors if key not in used and not _is_neutral(key, tensors)]
-    if unused:
-        raise InvalidAdapter(f"has {len(unused)} keys that {pipeline_class.__name__} has no use for: {listed(unused)}")
-    return Converted(
-        {key: _narrowed(tensor, tensors) for key, tensor in layers.items()},
-        alphas,
-        {name: _narrowed(tensor, tensors) for name, tensor in whole.items() if tensor.any()},
-    )
+def by_transformer(values: Mapping[str, T], transformers: Iterable[str]) -> dict[str, dict[str, T]]:
+    """Divide keys by their first component, for every transformer; those that begin with no transformer's name are the
+    first one's."""
+    divided: dict[str, dict[str, T]] = {name: {} for name in transformers}
+    first = next(iter(divided))
+    for key, value in values.items():
+        name, _, rest = key.partition(".")
+        if name in divided:
+            divided[name][rest] = value
+        else:
+            divided[first][key] = value
+    return divided
 
 
 def _names_a_layer(key: str, transformers: Mapping[str, Collection[str]]) -> bool:
@@ -79,8 +80,29 @@ def _names_a_layer(key: str, transformers: Mapping[str, Collection[str]]) -> boo
 
 
 def _by_diffusers(
-    traced: dict[str, torch.Tensor], pipeline_class: type
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    tensors: Mapping[str, torch.Tensor], pipeline_class: type, transformers: Collection[str]
+) -> Converted:
+    """Rename what is not in diffusers' naming, and see that nothing gets lost."""
+    if not hasattr(pipeline_class, "lora_state_dict"):
+        raise InvalidAdapter(f"can't be used: {pipeline_class.__name__} takes no LoRA")
+    # In fp32, so that folding in an alpha rounds nothing.
+    traced, read = Traced.of({key: tensor.float() for key, tensor in tensors.items()})
+    whole = take_full_updates(traced) if issubclass(pipeline_class, WanLoraLoaderMixin) else {}
+    layers, alphas = _without_alphas(_renamed(traced, pipeline_class) if traced else {}, transformers)
+
+    used = used_keys([tensor for of_one in (*layers.values(), whole) for tensor in of_one.values()], read)
+    unused = [key for key in tensors if key not in used and not _is_neutral(key, tensors)]
+    if unused:
+        raise InvalidAdapter(f"has {len(unused)} keys that {pipeline_class.__name__} has no use for: {listed(unused)}")
+    return Converted(
+        {name: {key: _narrowed(t, tensors) for key, t in of_one.items()} for name, of_one in layers.items()},
+        alphas,
+        {name: _narrowed(tensor, tensors) for name, tensor in whole.items() if tensor.any()},
+    )
+
+
+def _renamed(traced: dict[str, torch.Tensor], pipeline_class: type) -> dict[str, Any]:
+    """What diffusers makes of a file: halves of pairs, and the alphas that it has not folded into them."""
     converter = pipeline_class.lora_state_dict  # type: ignore[attr-defined]
     options = {"return_alphas": True} if "return_alphas" in inspect.signature(converter).parameters else {}
     try:
@@ -90,13 +112,16 @@ def _by_diffusers(
             f"is of no LoRA format that {pipeline_class.__name__} knows (keys such as {listed(traced)})"
         ) from error
     state, alphas = result if isinstance(result, tuple) else (result, None)
-    return _without_alphas({**state, **(alphas or {})})
+    return {**state, **(alphas or {})}
 
 
-def _without_alphas(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The tensors that are no alpha, and the alphas by module."""
+def _without_alphas(
+    state: Mapping[str, Any], transformers: Collection[str]
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, float]]]:
+    """The tensors that are no alpha, and the alphas by module, by transformer each."""
+    layers = {key: value for key, value in state.items() if not ALPHA.fullmatch(key)}
     alphas = {match["module"]: float(value) for key, value in state.items() if (match := ALPHA.fullmatch(key))}
-    return {key: value for key, value in state.items() if not ALPHA.fullmatch(key)}, alphas
+    return by_transformer(layers, transformers), by_transformer(alphas, transformers)
 
 
 def _is_neutral(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:

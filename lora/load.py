@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lora.convert import LAYER, Converted, convert, listed
+from lora.convert import LAYER, by_transformer, convert, listed
 from lora.factors import DTYPES, Delta, Factors, LowRank, Update
 from lora.source import InvalidAdapter, Source, resolve
 
@@ -55,14 +55,14 @@ def load(source: Source, pipeline_class: type, transformers: Mapping[str, nn.Mod
     shapes = {name: {p: v.shape for p, v in module.named_parameters()} for name, module in transformers.items()}
     first = next(iter(shapes))
     try:
-        tensors, config = _read(source)
-        _demand_lora(tensors, config)
+        tensors, configs = _read(source, shapes)
+        _demand_lora(tensors, configs.values())
         converted = convert(tensors, pipeline_class, shapes)
         updates = {
-            name: _updates(layers, converted, config, shapes[name])
-            for name, layers in _by_transformer(converted.layers, shapes).items()
+            name: _updates(converted.layers[name], converted.alphas[name], configs[name], shapes[name])
+            for name in shapes
         }
-        updates[first] = updates.get(first, {}) | _whole(converted.whole, updates.get(first, {}), shapes[first])
+        updates[first] |= _whole(converted.whole, updates[first], shapes[first])
     except InvalidAdapter as error:
         raise InvalidAdapter(f"LoRA '{source.path}' {error}") from error.__cause__
     updates = {name: of_transformer for name, of_transformer in updates.items() if of_transformer}
@@ -71,8 +71,9 @@ def load(source: Source, pipeline_class: type, transformers: Mapping[str, nn.Mod
     return Factors(updates)
 
 
-def _read(source: Source) -> tuple[dict[str, torch.Tensor], Config]:
-    """All tensors of the file, and PEFT's config as it lies beside the file or (diffusers) in its header."""
+def _read(source: Source, transformers: Iterable[str]) -> tuple[dict[str, torch.Tensor], Mapping[str, Config]]:
+    """All tensors of the file, and PEFT's config for each transformer, as it lies beside the file, for all, or
+    (diffusers) in its header, for each its own."""
     try:
         with safe_open(source.file, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
@@ -83,18 +84,18 @@ def _read(source: Source) -> tuple[dict[str, torch.Tensor], Config]:
         raise InvalidAdapter(f"{truncated} ({reason})") from error
     try:
         if source.config is not None:
-            return tensors, json.loads(source.config.read_text())
-        prefixed = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+            return tensors, dict.fromkeys(transformers, json.loads(source.config.read_text()))
+        return tensors, by_transformer(json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}")), transformers)
     except ValueError as error:
         raise InvalidAdapter(f"has a config that is no JSON ({error})") from error
-    return tensors, {key.partition(".")[2]: value for key, value in prefixed.items()}
 
 
-def _demand_lora(tensors: Mapping[str, torch.Tensor], config: Config) -> None:
+def _demand_lora(tensors: Mapping[str, torch.Tensor], configs: Iterable[Config]) -> None:
     """Refuse what is no LoRA, or more than a LoRA of the transformer, by its key names and values alone."""
     methods = [method for mark, method in OTHER_METHODS.items() if any(mark in key for key in tensors)]
-    methods += ["DoRA"] if config.get("use_dora") else []
-    methods += [config["peft_type"]] if config.get("peft_type", "LORA") != "LORA" else []
+    for config in configs:
+        methods += ["DoRA"] if config.get("use_dora") else []
+        methods += [config["peft_type"]] if config.get("peft_type", "LORA") != "LORA" else []
     if methods:
         raise InvalidAdapter(f"is a {methods[0]} adapter; only plain LoRA is supported")
     if not any("lora" in key or key.endswith((".diff", ".diff_b")) for key in tensors):
@@ -110,23 +111,11 @@ def _demand_lora(tensors: Mapping[str, torch.Tensor], config: Config) -> None:
         raise InvalidAdapter(f"has NaN or infinite values in {listed(broken)}")
 
 
-def _by_transformer(
-    layers: Mapping[str, torch.Tensor], transformers: Iterable[str]
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Divide keys by their first component; those that begin with no transformer's name are the first one's."""
-    names = list(transformers)
-    divided: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for key, tensor in layers.items():
-        name, _, rest = key.partition(".")
-        if name in names:
-            divided[name][rest] = tensor
-        else:
-            divided[names[0]][key] = tensor
-    return divided
-
-
 def _updates(
-    layers: Mapping[str, torch.Tensor], converted: Converted, config: Config, shapes: Mapping[str, torch.Size]
+    layers: Mapping[str, torch.Tensor],
+    alphas: Mapping[str, float],
+    config: Config,
+    shapes: Mapping[str, torch.Size],
 ) -> dict[str, Update]:
     """The updates of one transformer by parameter name. Raises `InvalidAdapter` unless every layer fits."""
     _demand_known(layers, shapes)
@@ -140,7 +129,7 @@ def _updates(
         if not {"A.weight", "B.weight"} <= parts.keys():
             raise InvalidAdapter(f"is incomplete: {module} has only lora_{' and lora_'.join(sorted(parts))}")
         down, up = parts["A.weight"], parts["B.weight"].flatten(1)
-        scale = _scale(module, down.shape[0], converted.alphas, config)
+        scale = _scale(module, down.shape[0], alphas, config)
         updates[f"{module}.weight"] = LowRank(down, up, scale)
         if "B.bias" in parts:
             updates[f"{module}.bias"] = Delta(parts["B.bias"], scale)
@@ -161,7 +150,7 @@ def _whole(
 
 def _scale(module: str, rank: int, alphas: Mapping[str, float], config: Config) -> float:
     """alpha / rank, by the rules of `peft.tuners.lora.model.LoraModel._create_and_replace`; 1 without an alpha."""
-    alpha = alphas.get(f"transformer.{module}", alphas.get(module))
+    alpha = alphas.get(module)
     if alpha is None and "lora_alpha" in config:
         pattern = config.get("alpha_pattern") or {}
         alpha = pattern.get(get_pattern_key(pattern.keys(), module), config["lora_alpha"])

@@ -8,6 +8,7 @@ import pytest
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from pipelines.load import TRANSFORMERS
 from tests import tiny_models
 
 _build = cache(tiny_models.build)
@@ -25,10 +26,6 @@ def transformers(pipeline: Callable[[str], DiffusionPipeline]) -> Callable[[str]
 
     def copies(family: str) -> dict[str, nn.Module]:
         components = pipeline(family).components
-        return {
-            name: deepcopy(components[name])
-            for name in ("transformer", "transformer_2")
-            if components.get(name) is not None
-        }
+        return {name: deepcopy(components[name]) for name in TRANSFORMERS if components.get(name) is not None}
 
     return copies

@@ -12,12 +12,13 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora.factors import Delta, LowRank
+from lora.factors import Delta
 from lora.load import InvalidAdapter, load, resolve
 from lora.merge import Merger
 from tests.lora import adapters
-from tests.lora.adapters import State, Trained, train, with_prefix
+from tests.lora.adapters import State, train, with_prefix
 from tests.lora.formats import FORMATS, WAN_LAYERS, baked, flux_original, kohya
+from tests.lora.merged import assert_merges_like_peft
 
 Pipelines = Callable[[str], DiffusionPipeline]
 Transformers = Callable[[str], dict[str, nn.Module]]
@@ -31,70 +32,17 @@ def test_an_adapter_in_a_foreign_format_gives_the_weights_peft_gives(
     trained = train(pipeline(family).transformer, layers, r=4, lora_alpha=6)
     file = adapters.save(convert(trained), tmp_path / "adapter.safetensors")
 
-    assert_merges_like_peft(file, trained, family, pipeline, transformers)
-
-
-def assert_merges_like_peft(
-    path: Path, trained: Trained, family: str, pipeline: Pipelines, transformers: Transformers
-) -> None:
-    model = transformers(family)
-    base = {name: tensor.clone() for name, tensor in model["transformer"].state_dict().items()}
-    factors = load(resolve(str(path)), type(pipeline(family)), model)
-    Merger(model).merge([(factors, 1.0, ("all",))])
-    merged = model["transformer"].state_dict()
-    changed = {name for name in base if not torch.equal(base[name], merged[name])}
-    assert changed == {name for name in base if not torch.equal(base[name], trained.fused[name])}
-    assert changed
-    for name in base:
-        torch.testing.assert_close(merged[name], trained.fused[name], rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {},
-        {"use_rslora": True},
-        {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {"attn1.to_q": 16, r"blocks.1.attn1.to_k": 1}},
-        {"lora_bias": True},
-    ],
-    ids=["plain", "rank-stabilised", "patterns", "bias"],
-)
-@pytest.mark.parametrize("saved_by", ["PEFT", "diffusers"])
-def test_alphas_in_a_config_are_read_as_peft_reads_them(
-    saved_by: str, config: dict, pipeline: Pipelines, transformers: Transformers, tmp_path: Path
-) -> None:
-    wan = pipeline("wan2.1-t2v")
-    trained = train(wan.transformer, ["attn1.to_q", "attn1.to_k", "ffn.net.2"], r=4, lora_alpha=6, **config)
-    if saved_by == "PEFT":
-        trained.peft_model.save_pretrained(tmp_path)
-    else:
-        fields = {k: sorted(v) if isinstance(v, set) else v for k, v in trained.config.to_dict().items()}
-        type(wan).save_lora_weights(tmp_path, trained.state, transformer_lora_adapter_metadata=fields)
-
-    assert_merges_like_peft(tmp_path, trained, "wan2.1-t2v", pipeline, transformers)
+    assert_merges_like_peft(file, {"transformer": trained}, type(pipeline(family)), transformers(family))
 
 
 def test_a_convolution_is_adapted_like_any_other_layer(
     pipeline: Pipelines, transformers: Transformers, tmp_path: Path
 ) -> None:
-    trained = train(pipeline("wan2.1-t2v").transformer, ["patch_embedding"])
+    wan = pipeline("wan2.1-t2v")
+    trained = train(wan.transformer, ["patch_embedding"])
     file = adapters.save(with_prefix("transformer.", trained.state), tmp_path / "conv.safetensors")
 
-    assert_merges_like_peft(file, trained, "wan2.1-t2v", pipeline, transformers)
-
-
-def test_an_alpha_that_half_precision_cannot_hold_is_folded_in_exactly(pipeline: Pipelines, tmp_path: Path) -> None:
-    wan = pipeline("wan2.1-t2v")
-    trained = train(wan.transformer, WAN_LAYERS, r=3, lora_alpha=1, dtype=torch.bfloat16)
-    convert = kohya(adapters.musubi(name=adapters.wan_original))
-    file = adapters.save(convert(trained), tmp_path / "thirds.safetensors")
-
-    updates = load(resolve(str(file)), type(wan), {"transformer": wan.transformer}).updates["transformer"]
-    update = updates["blocks.0.attn1.to_q.weight"]
-    assert isinstance(update, LowRank)
-    up, down = (trained.state[f"blocks.0.attn1.to_q.lora_{half}.weight"].double() for half in "BA")
-    exact = up @ down / 3
-    torch.testing.assert_close(update.scale * update.up.double() @ update.down.double(), exact, rtol=1e-6, atol=1e-9)
+    assert_merges_like_peft(file, {"transformer": trained}, type(wan), transformers("wan2.1-t2v"))
 
 
 def test_factors_keep_half_precision_where_it_loses_nothing(pipeline: Pipelines, tmp_path: Path) -> None:
@@ -165,11 +113,8 @@ def test_a_file_that_names_each_expert_gives_each_its_own(
     both = {**with_prefix("transformer.", high.state), **with_prefix("transformer_2.", low.state)}
     file = adapters.save(both, tmp_path / "each.safetensors")
 
-    model = transformers("wan2.2-t2v")
-    Merger(model).merge([(load(resolve(str(file)), type(wan), model), 1.0, ("all",))])
-    for name, trained in (("transformer", high), ("transformer_2", low)):
-        for parameter, tensor in model[name].state_dict().items():
-            torch.testing.assert_close(tensor, trained.fused[parameter], rtol=0, atol=1e-6)
+    experts = {"transformer": high, "transformer_2": low}
+    assert_merges_like_peft(file, experts, type(wan), transformers("wan2.2-t2v"))
 
 
 def test_a_low_noise_file_goes_to_the_low_noise_expert_alone(
