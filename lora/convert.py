@@ -1,8 +1,8 @@
 """Key names of every public adapter format, made diffusers' own: `<module>.lora_A.weight` and the like, by transformer.
 
 Foreign names are diffusers' work (each family's `lora_state_dict`). Here is what it leaves open: which keys it left
-unused, alphas that it would round to half precision, and files in PEFT's and diffusers' own naming, which it would
-take for foreign ones when they have alphas.
+unused, alphas that it would round to half precision, files in PEFT's and diffusers' own naming, which it would take for
+foreign ones when they have alphas, and halves under the names that diffusers gave them before it used PEFT.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from torch import nn
 
 from lora.provenance import Traced, used_keys
 from lora.source import InvalidAdapter
@@ -23,6 +25,8 @@ from lora.wan import take_full_updates
 T = TypeVar("T")
 
 PEFT_PREFIX = "base_model.model."
+
+COMFYUI_PREFIX = "diffusion_model."
 
 ALPHA = re.compile(r"(?P<module>.+?)(\.lora_[AB]\.weight)?\.alpha")
 
@@ -41,18 +45,19 @@ class Converted:
 
 
 def convert(
-    tensors: Mapping[str, torch.Tensor], pipeline_class: type, transformers: Mapping[str, Collection[str]]
+    tensors: Mapping[str, torch.Tensor], pipeline_class: type, transformers: Mapping[str, nn.Module]
 ) -> Converted:
     """Rename all tensors of a file.
 
     Args:
-        transformers: the names of their parameters by component name.
+        transformers: by component name; only their configs and the names of their parameters are read.
 
     Raises:
         InvalidAdapter: the file is of no format that the pipeline's family knows, or not every key has a use.
     """
     ours = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
-    if any(_names_a_layer(key, transformers) for key in ours):
+    parameters = {name: {key for key, _ in module.named_parameters()} for name, module in transformers.items()}
+    if any(_names_a_layer(key, parameters) for key in ours):
         return Converted(*_without_alphas(ours, transformers))
     return _by_diffusers(tensors, pipeline_class, transformers)
 
@@ -71,16 +76,16 @@ def by_transformer(values: Mapping[str, T], transformers: Iterable[str]) -> dict
     return divided
 
 
-def _names_a_layer(key: str, transformers: Mapping[str, Collection[str]]) -> bool:
-    """Whether a key is in diffusers' naming already."""
+def _names_a_layer(key: str, parameters: Mapping[str, Collection[str]]) -> bool:
+    """Whether a key is in diffusers' naming already: of a layer with one of the parameters, given by transformer."""
     layer = LAYER.fullmatch(key)
     return layer is not None and any(
-        f"{layer['module'].removeprefix(f'{name}.')}.weight" in parameters for name, parameters in transformers.items()
+        f"{layer['module'].removeprefix(f'{name}.')}.weight" in names for name, names in parameters.items()
     )
 
 
 def _by_diffusers(
-    tensors: Mapping[str, torch.Tensor], pipeline_class: type, transformers: Collection[str]
+    tensors: Mapping[str, torch.Tensor], pipeline_class: type, transformers: Mapping[str, nn.Module]
 ) -> Converted:
     """Rename what is not in diffusers' naming, and see that nothing gets lost."""
     if not hasattr(pipeline_class, "lora_state_dict"):
@@ -88,7 +93,7 @@ def _by_diffusers(
     # In fp32, so that folding in an alpha rounds nothing.
     traced, read = Traced.of({key: tensor.float() for key, tensor in tensors.items()})
     whole = take_full_updates(traced) if issubclass(pipeline_class, WanLoraLoaderMixin) else {}
-    layers, alphas = _without_alphas(_renamed(traced, pipeline_class) if traced else {}, transformers)
+    layers, alphas = _without_alphas(_renamed(traced, pipeline_class, transformers) if traced else {}, transformers)
 
     used = used_keys([tensor for of_one in (*layers.values(), whole) for tensor in of_one.values()], read)
     unused = [key for key in tensors if key not in used and not _is_neutral(key, tensors)]
@@ -101,10 +106,16 @@ def _by_diffusers(
     )
 
 
-def _renamed(traced: dict[str, torch.Tensor], pipeline_class: type) -> dict[str, Any]:
+def _renamed(
+    traced: dict[str, torch.Tensor], pipeline_class: type, transformers: Mapping[str, nn.Module]
+) -> dict[str, Any]:
     """What diffusers makes of a file: halves of pairs, and the alphas that it has not folded into them."""
     converter = pipeline_class.lora_state_dict  # type: ignore[attr-defined]
-    options = {"return_alphas": True} if "return_alphas" in inspect.signature(converter).parameters else {}
+    options: dict[str, Any] = {}
+    if "return_alphas" in inspect.signature(converter).parameters:
+        options["return_alphas"] = True
+    if "unet" in transformers:  # its layers are counted otherwise in SDXL's own checkpoints
+        options["unet_config"] = transformers["unet"].config
     try:
         result = converter(traced, **options)
     except Exception as error:  # the converters fail in any way (KeyError, IndexError, AssertionError …) on a misfit
@@ -112,7 +123,10 @@ def _renamed(traced: dict[str, torch.Tensor], pipeline_class: type) -> dict[str,
             f"is of no LoRA format that {pipeline_class.__name__} knows (keys such as {listed(traced)})"
         ) from error
     state, alphas = result if isinstance(result, tuple) else (result, None)
-    return {**state, **(alphas or {})}
+    # The rest of the way is in `load_lora_adapter`: halves as diffusers named them before PEFT.
+    state = convert_unet_state_dict_to_peft({**state, **(alphas or {})})
+    # FLUX.1's converter takes off no prefix but its own.
+    return {key.removeprefix(COMFYUI_PREFIX): value for key, value in state.items()}
 
 
 def _without_alphas(

@@ -47,7 +47,7 @@ def load(source: Source, pipeline_class: type, transformers: Mapping[str, nn.Mod
     Args:
         source: what `resolve` found.
         pipeline_class: the diffusers pipeline, whose `lora_state_dict` knows the family's formats.
-        transformers: by component name; only names and shapes of their parameters are read.
+        transformers: by component name; only their configs, and names and shapes of their parameters are read.
 
     Raises:
         InvalidAdapter: with one reason that a client can act upon.
@@ -57,7 +57,7 @@ def load(source: Source, pipeline_class: type, transformers: Mapping[str, nn.Mod
     try:
         tensors, configs = _read(source, shapes)
         _demand_lora(tensors, configs.values())
-        converted = convert(tensors, pipeline_class, shapes)
+        converted = convert(tensors, pipeline_class, transformers)
         updates = {
             name: _updates(converted.layers[name], converted.alphas[name], configs[name], shapes[name])
             for name in shapes

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import nn
 
@@ -29,7 +30,8 @@ class Trained:
     peft_model: nn.Module
 
     def alpha(self, module: str) -> float:
-        return (self.config.alpha_pattern or {}).get(module, self.config.lora_alpha)
+        pattern = self.config.alpha_pattern or {}
+        return pattern.get(get_pattern_key(pattern.keys(), module), self.config.lora_alpha)
 
 
 def train(

@@ -45,6 +45,12 @@ def xlabs(trained: Trained) -> State:
     return {name(key): tensor for key, tensor in trained.state.items()}
 
 
+def before_peft(trained: Trained) -> State:
+    """Halves as diffusers named them before it used PEFT, beside alphas."""
+    state = with_prefix("transformer.", with_alphas(trained, trained.state, lambda module: module))
+    return {k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): tensor for k, tensor in state.items()}
+
+
 def kohya(name: Callable[[str], str]) -> Callable[[Trained], State]:
     """`lora_down`, `lora_up` and `alpha` under names made by `name`."""
     return lambda trained: with_alphas(trained, adapters.kohya_halves(adapters.renamed(trained.state, name)), name)
@@ -72,6 +78,7 @@ FORMATS: dict[str, tuple[str, str, Callable[[Trained], State]]] = {
         WAN_LAYERS,
         lambda t: with_prefix("transformer.", with_alphas(t, t.state, lambda module: module)),
     ),
+    "diffusers before PEFT, Wan": ("wan2.1-t2v", WAN_LAYERS, before_peft),
     "ComfyUI, Wan": ("wan2.1-t2v", WAN_LAYERS, baked("diffusion_model.", adapters.wan_original)),
     "ComfyUI with all small layers, Wan": (
         "wan2.1-t2v",
@@ -90,6 +97,13 @@ FORMATS: dict[str, tuple[str, str, Callable[[Trained], State]]] = {
         "flux1",
         FLUX_DOUBLE,
         lambda t: with_prefix("transformer.", with_alphas(t, t.state, lambda module: module)),
+    ),
+    "diffusers before PEFT, FLUX.1": ("flux1", FLUX_DOUBLE, before_peft),
+    "ComfyUI on diffusers' names, FLUX.1": ("flux1", FLUX_DOUBLE, baked("diffusion_model.")),
+    "ComfyUI on diffusers' names with alphas, FLUX.1": (
+        "flux1",
+        FLUX_DOUBLE,
+        lambda t: with_prefix("diffusion_model.", with_alphas(t, t.state, lambda module: module)),
     ),
     "kohya, FLUX.1": ("flux1", FLUX_DOUBLE, kohya(adapters.musubi(name=flux_original))),
     "xlabs, FLUX.1": (
