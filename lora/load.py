@@ -22,6 +22,7 @@ from torch import nn
 from lora.convert import LAYER, by_transformer, convert, listed
 from lora.factors import DTYPES, Delta, Factors, LowRank, Update
 from lora.source import InvalidAdapter, Source, resolve
+from lora.wan import ENDINGS
 
 __all__ = ["Factors", "InvalidAdapter", "Source", "load", "resolve"]
 
@@ -98,7 +99,7 @@ def _demand_lora(tensors: Mapping[str, torch.Tensor], configs: Iterable[Config])
         methods += [config["peft_type"]] if config.get("peft_type", "LORA") != "LORA" else []
     if methods:
         raise InvalidAdapter(f"is a {methods[0]} adapter; only plain LoRA is supported")
-    if not any("lora" in key or key.endswith((".diff", ".diff_b")) for key in tensors):
+    if not any("lora" in key or key.endswith(tuple(ENDINGS)) for key in tensors):
         raise InvalidAdapter(f"is not a LoRA: no key names a LoRA layer ({listed(tensors)})")
     text_encoder = [key for key in tensors if key.startswith(("lora_te", "text_encoder"))]
     if text_encoder:
