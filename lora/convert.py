@@ -30,8 +30,8 @@ COMFYUI_PREFIX = "diffusion_model."
 
 ALPHA = re.compile(r"(?P<module>.+?)(\.lora_[AB]\.weight)?\.alpha")
 
-LAYER = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.(?P<kind>weight|bias)")
-"""One tensor of one layer."""
+LAYER = re.compile(r"(?P<module>.+)\.lora_(?P<half>A(?!(\.default)?\.bias)|B)(\.default)?\.(?P<kind>weight|bias)")
+"""One tensor of one layer: a half of its pair, or the bias of the second."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Converted:
     """By transformer, then by module; alphas that are already folded into the layers are not among them."""
     whole: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Whole-tensor updates of the first transformer by parameter name."""
+    renamed: bool = False
+    """Whether the file has other names for the modules than the model."""
 
 
 def convert(
@@ -103,6 +105,7 @@ def _by_diffusers(
         {name: {key: _narrowed(t, tensors) for key, t in of_one.items()} for name, of_one in layers.items()},
         alphas,
         {name: _narrowed(tensor, tensors) for name, tensor in whole.items() if tensor.any()},
+        renamed=True,
     )
 
 

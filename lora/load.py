@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lora.convert import LAYER, by_transformer, convert, listed
+from lora.convert import ALPHA, LAYER, by_transformer, convert, listed
 from lora.factors import DTYPES, Delta, Factors, LowRank, Update
 from lora.source import InvalidAdapter, Source, resolve
 from lora.wan import ENDINGS
@@ -37,6 +37,9 @@ OTHER_METHODS = {
     "lora_magnitude_vector": "DoRA",
 }
 """Marks in the keys of adapters that are no plain LoRA."""
+
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of PEFT's `init_lora_weights` that take the adapter's first values out of the model's weights."""
 
 
 def load(source: Source, pipeline_class: type, transformers: Mapping[str, nn.Module]) -> Factors:
@@ -58,7 +61,11 @@ def load(source: Source, pipeline_class: type, transformers: Mapping[str, nn.Mod
     try:
         tensors, configs = _read(source, shapes)
         _demand_lora(tensors, configs.values())
+        if any(ALPHA.fullmatch(key) for key in tensors):  # a config would come on top of what is folded in by them
+            configs = {name: {} for name in shapes}
         converted = convert(tensors, pipeline_class, transformers)
+        if converted.renamed and any(config.get("alpha_pattern") for config in configs.values()):
+            raise InvalidAdapter("has a config with alphas by module, under names that this model does not have")
         updates = {
             name: _updates(converted.layers[name], converted.alphas[name], configs[name], shapes[name])
             for name in shapes
@@ -73,8 +80,8 @@ def load(source: Source, pipeline_class: type, transformers: Mapping[str, nn.Mod
 
 
 def _read(source: Source, transformers: Iterable[str]) -> tuple[dict[str, torch.Tensor], Mapping[str, Config]]:
-    """All tensors of the file, and PEFT's config for each transformer, as it lies beside the file, for all, or
-    (diffusers) in its header, for each its own."""
+    """All tensors of the file, and PEFT's config for each transformer: in its header (diffusers), for each its own, or
+    beside the file, for all."""
     try:
         with safe_open(source.file, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
@@ -84,9 +91,9 @@ def _read(source: Source, transformers: Iterable[str]) -> tuple[dict[str, torch.
         truncated = "is truncated" if "not fully covered" in reason else "can't be read as safetensors"
         raise InvalidAdapter(f"{truncated} ({reason})") from error
     try:
-        if source.config is not None:
-            return tensors, dict.fromkeys(transformers, json.loads(source.config.read_text()))
-        return tensors, by_transformer(json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}")), transformers)
+        if LORA_ADAPTER_METADATA_KEY in header:
+            return tensors, by_transformer(json.loads(header[LORA_ADAPTER_METADATA_KEY]), transformers)
+        return tensors, dict.fromkeys(transformers, json.loads(source.config.read_text()) if source.config else {})
     except ValueError as error:
         raise InvalidAdapter(f"has a config that is no JSON ({error})") from error
 
@@ -97,6 +104,11 @@ def _demand_lora(tensors: Mapping[str, torch.Tensor], configs: Iterable[Config])
     for config in configs:
         methods += ["DoRA"] if config.get("use_dora") else []
         methods += [config["peft_type"]] if config.get("peft_type", "LORA") != "LORA" else []
+        if str(config.get("init_lora_weights")).lower().startswith(BASE_CHANGING):
+            raise InvalidAdapter(
+                f"was trained on weights that {config['init_lora_weights']} had changed, not on the model's; PEFT's "
+                "path_initial_model_for_weight_conversion saves it for those"
+            )
     if methods:
         raise InvalidAdapter(f"is a {methods[0]} adapter; only plain LoRA is supported")
     if not any("lora" in key or key.endswith(tuple(ENDINGS)) for key in tensors):
@@ -120,6 +132,9 @@ def _updates(
 ) -> dict[str, Update]:
     """The updates of one transformer by parameter name. Raises `InvalidAdapter` unless every layer fits."""
     _demand_known(layers, shapes)
+    foreign = [module for module in alphas if f"{module}.weight" not in shapes]
+    if foreign:
+        raise InvalidAdapter(f"has alphas of layers that this model does not have: {listed(foreign)}")
     modules: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, tensor in layers.items():
         layer = LAYER.fullmatch(key)

@@ -13,10 +13,10 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from torch import nn
 
 from lora.factors import LowRank
-from lora.load import load, resolve
+from lora.load import InvalidAdapter, load, resolve
 from tests.lora import adapters
 from tests.lora.adapters import Trained, train, with_alphas, with_prefix
-from tests.lora.formats import WAN_LAYERS, kohya
+from tests.lora.formats import FLUX2_LAYERS, WAN_LAYERS, flux_original, kohya
 from tests.lora.merged import assert_merges_like_peft
 
 Pipelines = Callable[[str], DiffusionPipeline]
@@ -113,6 +113,54 @@ def test_a_header_that_names_no_transformer_is_the_only_ones(
     model.save_lora_adapter(tmp_path)
 
     assert_merges_like_peft(tmp_path, {"transformer": trained}, type(wan), transformers("wan2.1-t2v"))
+
+
+def test_alphas_in_the_file_are_not_joined_by_a_config_beside_it(
+    pipeline: Pipelines, transformers: Transformers, tmp_path: Path
+) -> None:
+    wan = pipeline("wan2.1-t2v")
+    trained = train(wan.transformer, WAN_LAYERS, r=4, lora_alpha=6)
+    adapters.save(kohya(adapters.musubi(name=adapters.wan_original))(trained), tmp_path / "musubi.safetensors")
+    trained.config.save_pretrained(tmp_path)
+
+    assert_merges_like_peft(tmp_path, {"transformer": trained}, type(wan), transformers("wan2.1-t2v"))
+
+
+def test_the_config_in_a_header_comes_before_one_beside_the_file(
+    pipeline: Pipelines, transformers: Transformers, tmp_path: Path
+) -> None:
+    """A folder to which two programs have saved."""
+    wan = pipeline("wan2.1-t2v")
+    train(wan.transformer, WAN_LAYERS, r=4, lora_alpha=1, seed=1).peft_model.save_pretrained(tmp_path)
+    trained = train(wan.transformer, WAN_LAYERS, r=4, lora_alpha=6)
+    type(wan).save_lora_weights(tmp_path, trained.state, transformer_lora_adapter_metadata=fields(trained))
+
+    assert_merges_like_peft(tmp_path, {"transformer": trained}, type(wan), transformers("wan2.1-t2v"))
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_config_for_a_model_with_its_original_names_gives_one_alpha_for_all(
+    use_rslora: bool, pipeline: Pipelines, transformers: Transformers, tmp_path: Path
+) -> None:
+    flux = pipeline("flux2-klein")
+    trained = train(flux.transformer, FLUX2_LAYERS, r=4, lora_alpha=6, use_rslora=use_rslora)
+    state = with_prefix("base_model.model.", adapters.renamed(trained.state, flux_original))
+    adapters.save(state, tmp_path / "adapter_model.safetensors")
+    trained.config.save_pretrained(tmp_path)
+
+    assert_merges_like_peft(tmp_path, {"transformer": trained}, type(flux), transformers("flux2-klein"))
+
+
+def test_alphas_for_modules_by_their_original_names_are_refused(pipeline: Pipelines, tmp_path: Path) -> None:
+    flux = pipeline("flux2-klein")
+    trained = train(flux.transformer, FLUX2_LAYERS, r=4, lora_alpha=6)
+    state = with_prefix("base_model.model.", adapters.renamed(trained.state, flux_original))
+    adapters.save(state, tmp_path / "adapter_model.safetensors")
+    trained.config.alpha_pattern = {"img_attn.proj": 2}
+    trained.config.save_pretrained(tmp_path)
+
+    with pytest.raises(InvalidAdapter, match="config with alphas by module, under names that this model does not have"):
+        load(resolve(str(tmp_path)), type(flux), {"transformer": flux.transformer})
 
 
 def test_an_alpha_that_half_precision_cannot_hold_is_folded_in_exactly(pipeline: Pipelines, tmp_path: Path) -> None:

@@ -173,6 +173,14 @@ REFUSED: dict[str, tuple[Callable[[State], State], str]] = {
         lambda s: {k: v for k, v in s.items() if k != KEY},
         r"is incomplete: blocks\.0\.attn1\.to_q has only lora_B",
     ),
+    "a bias of the first half": (
+        lambda s: {**s, KEY.replace("weight", "bias"): torch.ones(4)},
+        r"matches only in part: 1 of 81 keys match no layer \(blocks\.0\.attn1\.to_q\.lora_A\.bias\)",
+    ),
+    "alphas under other names": (
+        lambda s: {**s, "lora_unet_blocks_0_attn1_to_q.alpha": torch.tensor(1.0)},
+        r"has alphas of layers that this model does not have: lora_unet_blocks_0_attn1_to_q",
+    ),
     "unequal ranks": (lambda s: {**s, KEY: torch.ones(3, 96)}, r"halves of blocks\.0\.\S+ have rank 3 and 4"),
     "no LoRA": (lambda s: {"blocks.0.attn1.to_q.weight": torch.ones(4, 4)}, r"is not a LoRA: no key names"),
     "empty": (lambda s: {}, r"is not a LoRA"),
@@ -254,3 +262,15 @@ def test_a_folder_whose_config_says_it_is_no_lora_is_refused(pipeline: Pipelines
 
     with pytest.raises(InvalidAdapter, match="is a LOHA adapter"):
         load(resolve(str(tmp_path)), type(pipeline("wan2.1-t2v")), {"transformer": pipeline("wan2.1-t2v").transformer})
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_that_was_trained_on_changed_weights_is_refused(
+    init: str, pipeline: Pipelines, tmp_path: Path
+) -> None:
+    """PEFT takes the adapter's first values out of the weights, here and whenever it loads the adapter again."""
+    wan = pipeline("wan2.1-t2v")
+    train(wan.transformer, ["attn1.to_q"], init_lora_weights=init).peft_model.save_pretrained(tmp_path)
+
+    with pytest.raises(InvalidAdapter, match=f"was trained on weights that {init} had changed, not on the model's"):
+        load(resolve(str(tmp_path)), type(wan), {"transformer": wan.transformer})
