@@ -19,7 +19,7 @@ from pipelines.job import InvalidJob, Job, Task
 
 @dataclass(frozen=True)
 class Canvas:
-    """The size a pipeline computes: the next one that the model can, of which the asked one is the top left part."""
+    """The size a pipeline is to compute: the next that the model can, of which the asked one is the top left part."""
 
     width: int
     height: int

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from pipelines.arguments import call_arguments
+from pipelines.arguments import Canvas, call_arguments
 from pipelines.job import Event, FailedAlone, InvalidJob, Job, Media, OutputDone, Preview, Progress, Result
 from pipelines.load import Model
 from pipelines.media import decode_image, decode_mask, encode_image
@@ -57,6 +57,7 @@ class Generation:
         self.job = job
         self.stopwatch = Stopwatch("encode", "denoise", "decode", "media")
         self._emit = emit
+        self._canvas = Canvas.for_job(job, model.card.family)
         self._leads = model.mesh is None or model.mesh.rank == 0
         self._pace = Pace(model.device)
         self._outputs_done = 0
@@ -94,7 +95,7 @@ class Generation:
                 self._pace.finish()
                 self.stopwatch.enter("media")
                 if self._leads:
-                    outputs.append(encode_output(pixels, job))
+                    outputs.append(encode_output(pixels, job, self._canvas))
                 if self._others_wait_for_the_next:
                     self._give(OutputDone())
                 self._outputs_done += 1
@@ -135,7 +136,7 @@ class Generation:
         pipeline.encode_prompt = recorded(pipeline.encode_prompt, self._encodings)
         try:
             pixels = decode_latents(pipeline, estimate.latents(), self._arguments)
-            frame = to_frame(asked_frames(pixels, self.job)[0])
+            frame = to_frame(asked_frames(pixels, self.job, self._canvas)[0])
             data = encode_image(frame, self.job.output_format, self.job.output_compression)
         except Exception as error:
             if self.model.mesh is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
+from pipelines.arguments import Canvas
 from pipelines.job import Job, Output
 from pipelines.media import (
     Frame,
@@ -15,13 +17,20 @@ from pipelines.media import (
 )
 
 
-def asked_frames(pixels: torch.Tensor, job: Job) -> torch.Tensor:
-    """Cut what a pipeline computed, `(1, 3, H, W)` or `(1, F, 3, H, W)`, to the frames and size the job asks for.
+def asked_frames(pixels: torch.Tensor, job: Job, canvas: Canvas) -> torch.Tensor:
+    """Bring what a pipeline computed, `(1, 3, H, W)` or `(1, F, 3, H, W)`, to the frames and size the job asks for.
+
+    Some compute another size than their canvas: Qwen-Image-Edit inpaints about a megapixel of its shape whatever is
+    asked, FLUX.2 klein a megapixel at most. They stretch the source to that, so the whole of it is stretched back.
 
     Returns:
-        `(F, 3, H, W)`, a view.
+        `(F, 3, H, W)`
     """
     clip = pixels[0] if pixels.dim() == 5 else pixels
+    size = canvas.height, canvas.width
+    if clip.shape[-2:] != size:
+        # Antialiased: of a megapixel brought to 256x256, each output pixel sums up 16. Bicubic overshoots at edges.
+        clip = F.interpolate(clip.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
     return clip[: job.num_frames, :, : job.height, : job.width]
 
 
@@ -30,9 +39,9 @@ def to_frame(pixels: torch.Tensor) -> Frame:
     return (pixels.float() * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
 
 
-def encode_output(pixels: torch.Tensor, job: Job) -> Output:
+def encode_output(pixels: torch.Tensor, job: Job, canvas: Canvas) -> Output:
     """A picture in the job's format, or a clip with its thumbnail and spritesheet."""
-    clip = asked_frames(pixels, job)
+    clip = asked_frames(pixels, job, canvas)
     if not job.task.is_video:
         return Output(encode_image(to_frame(clip[0]), job.output_format, job.output_compression))
     return Output(

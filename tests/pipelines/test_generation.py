@@ -232,6 +232,28 @@ def test_a_smaller_size_is_the_top_left_of_what_is_computed(wan: Model) -> None:
     np.testing.assert_array_equal(pixels(part), pixels(whole)[:61, :50])
 
 
+@pytest.mark.parametrize("size", [(96, 48), (32, 128), (16, 16)], ids=str)
+def test_inpainting_of_an_area_of_its_own_gives_the_whole_picture_in_the_asked_size(
+    tiny_model: Load, size: tuple[int, int]
+) -> None:
+    """Qwen-Image-Edit inpaints a megapixel, here 64x64 pixels, of the asked shape: the same picture at any scale."""
+    model, (width, height) = tiny_model("qwen-image-edit"), size
+    preview, *_, result = events(model, Task.INPAINT, width=width, height=height, partial_images=1)
+    [large] = outputs(model, Task.INPAINT, width=4 * width, height=4 * height)
+    shrunk = np.asarray(Image.open(io.BytesIO(large)).resize(size, Image.Resampling.BICUBIC), np.int16)
+    small = pixels(result.outputs[0].data)
+    assert small.shape == pixels(preview.data).shape == (height, width, 3)
+    assert np.abs(small - shrunk).mean() < small.std() / 4
+
+
+def test_inpainting_of_a_megapixel_at_most_gives_the_asked_size_beyond_it(tiny_model: Load) -> None:
+    """FLUX.2 klein would give 1184x880 of these."""
+    [picture] = outputs(
+        tiny_model("flux2-klein"), Task.INPAINT, width=1200, height=900, num_inference_steps=1, strength=1.0
+    )
+    assert pixels(picture).shape == (900, 1200, 3)
+
+
 @pytest.mark.parametrize(("output_format", "pillow_format"), [("png", "PNG"), ("webp", "WEBP"), ("jpeg", "JPEG")])
 def test_pictures_come_in_the_format_asked_for(z_image: Model, output_format: str, pillow_format: str) -> None:
     [data] = outputs(z_image, Task.TEXT_TO_IMAGE, output_format=output_format, output_compression=80)
