@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 from configs.server_args import ServerArgs
@@ -21,6 +21,10 @@ VAE_ENTRY_POINTS = ("encode", "decode")
 
 ENCODERS = ("text_encoder", "image_encoder")
 """How the names of the encoders of prompts begin."""
+
+
+def tensors_of(module: nn.Module) -> Iterable[torch.Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
 
 
 class HostResident:
@@ -37,19 +41,21 @@ class HostResident:
         """Where the module's inputs belong. Pipelines look for it here, at the module's `_hf_hook` (accelerate)."""
         self.module = module
         self._resting: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for tensor in self._tensors():
+        for tensor in tensors_of(module):
             host = tensor.data.cpu()
             tensor.data = host.pin_memory() if pin else host
         module._hf_hook = self  # type: ignore[assignment]
 
-    def _tensors(self) -> Iterable[torch.Tensor]:
-        return itertools.chain(self.module.parameters(), self.module.buffers())
-
-    def onload(self) -> None:
-        if not self._resting:
-            self._resting = [(tensor, tensor.data) for tensor in self._tensors()]
+    def onload(self, copying: AbstractContextManager[object] | None = None) -> None:
+        """Point the tensors at memory of the device, filled within `copying`: the context of a stream, or none."""
+        if self._resting:
+            return
+        self._resting = [(tensor, tensor.data) for tensor in tensors_of(self.module)]
+        for tensor, host in self._resting:
+            tensor.data = torch.empty_like(host, device=self.execution_device)
+        with copying or nullcontext():
             for tensor, host in self._resting:
-                tensor.data = host.to(self.execution_device, non_blocking=True)
+                tensor.data.copy_(host, non_blocking=True)
 
     def rest(self) -> None:
         """Point the tensors at host memory again, which frees the copies."""
@@ -107,18 +113,74 @@ def keep_in_host_memory_between_jobs(
     return rest_all
 
 
-def stream_blocks(module: nn.Module, device: torch.device, *, pin: bool) -> None:
-    """Copy each of the module's blocks to `device` while the one before it computes; its host tensors stay."""
-    apply_group_offloading(
-        module,
-        onload_device=device,
-        offload_type="block_level",
-        num_blocks_per_group=1,
-        use_stream=True,
-        record_stream=True,
-        # Pins each block only while it is copied.
-        low_cpu_mem_usage=not pin,
-    )
+class BlockStream:
+    """Blocks that rest in host memory: while one computes, the weights of the next are copied to the device.
+
+    So two of them are there at a time. The next of the last is the first, for the next step. Blocks that run in another
+    order than they are listed in are only not copied ahead.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, *, pin: bool):
+        self._residents = [HostResident(block, device, pin=pin) for block in blocks]
+        self._backend = torch.get_device_module(device)
+        self._copies = self._backend.Stream()
+        """Where copies are made. Computing goes on in the current stream."""
+        for number, block in enumerate(blocks):
+            block.forward = self._streamed(number, block.forward)
+
+    def _streamed(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._begin(number)
+            output = forward(*args, **kwargs)
+            self._end(number)
+            return output
+
+        # Compiled blocks share the graph of `forward`. One of this, which has a number, would be of a block alone.
+        return torch.compiler.disable(call, recursive=False)
+
+    @torch.compiler.disable
+    def _begin(self, number: int) -> None:
+        self._copy(number)
+        self._backend.current_stream().wait_stream(self._copies)
+        self._copy((number + 1) % len(self._residents))
+
+    @torch.compiler.disable
+    def _end(self, number: int) -> None:
+        self._residents[number].rest()
+
+    def _copy(self, number: int) -> None:
+        """Copy a block that is not there yet, as soon as what has been launched by now is done.
+
+        Its memory is the computing stream's, and may be what a block that is done has just left. So however far the
+        host is ahead of the device, there is memory of two blocks in use and not of all that were launched.
+        """
+        self._copies.wait_stream(self._backend.current_stream())
+        self._residents[number].onload(self._backend.stream(self._copies))
+
+    def rest(self) -> None:
+        """Point all blocks at host memory again: the one copied last, and those of a forward that failed."""
+        # What takes the memory next must not be overwritten by a copy that is still under way.
+        self._backend.current_stream().wait_stream(self._copies)
+        for resident in self._residents:
+            resident.rest()
+
+
+def stream_blocks(module: nn.Module, device: torch.device, *, pin: bool) -> Callable[[], None]:
+    """Stream the module's blocks, all that its lists hold, to `device`; what lies outside of them stays there.
+
+    That is a small part, but FLUX.2's 1.6 GB of it would take longer to move in each step than several blocks. Without
+    `pin` each copy holds up the host, which launches nothing that it could hide behind.
+
+    Returns:
+        What to call when the last step is done: it rests all blocks.
+    """
+    blocks = [block for child in module.children() if isinstance(child, nn.ModuleList) for block in child]
+    streamed = {id(tensor) for block in blocks for tensor in tensors_of(block)}
+    for tensor in tensors_of(module):
+        if id(tensor) not in streamed:
+            tensor.data = tensor.data.to(device)
+    return BlockStream(blocks, device, pin=pin).rest
 
 
 def place(
@@ -130,14 +192,15 @@ def place(
         transformers: which of the components denoise.
 
     Returns:
-        What to call when a job has done its last denoising step.
+        What to call when a job has done its last denoising step: it rests the components that denoise.
     """
     between_jobs = []
+    rests = []
     for name, module in components.items():
         if device.type == "cpu":
             module.to(device)
         elif name in transformers and args.dit_layerwise_offload:
-            stream_blocks(module, device, pin=args.pin_cpu_memory)
+            rests.append(stream_blocks(module, device, pin=args.pin_cpu_memory))
         elif name in transformers and args.dit_cpu_offload:
             between_jobs.append(module)
         elif name == "vae" and args.vae_cpu_offload:
@@ -149,4 +212,10 @@ def place(
     asked = [name for name in type(args).model_fields if name.endswith("_offload") and getattr(args, name)]
     if asked and device.type == "cpu":
         logger.info("%s: nothing to do on a CPU, where everything is in host memory", ", ".join(asked))
-    return keep_in_host_memory_between_jobs(between_jobs, device, pin=args.pin_cpu_memory)
+    rests.append(keep_in_host_memory_between_jobs(between_jobs, device, pin=args.pin_cpu_memory))
+
+    def rest_all() -> None:
+        for rest in rests:
+            rest()
+
+    return rest_all

@@ -14,14 +14,6 @@ from configs.server_args import ServerArgs
 from pipelines import offload
 from pipelines.offload import keep_in_host_memory, keep_in_host_memory_between_jobs, place
 
-
-@pytest.fixture(autouse=True)
-def copies_are_real(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`.to("cpu")` of a host tensor copies nothing; a device's would."""
-    to = torch.Tensor.to
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **kwargs: to(tensor, *args, **kwargs).clone())
-
-
 DEVICE = torch.device("cpu")
 
 
