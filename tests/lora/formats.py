@@ -128,6 +128,6 @@ FORMATS: dict[str, tuple[str, str, Callable[[Trained], State]]] = {
     ),
     "ComfyUI, Z-Image": ("z-image", Z_IMAGE_LAYERS, baked("diffusion_model.")),
     "musubi, Z-Image": ("z-image", Z_IMAGE_LAYERS, kohya(adapters.musubi())),
-    "diffusers, SD3": ("sd3", SD3_LAYERS, baked("transformer.")),
+    "diffusers, SD3": ("sd3.5", SD3_LAYERS, baked("transformer.")),
 }
 """By name: the family of the model, the layers that it can name, and the state of its file."""

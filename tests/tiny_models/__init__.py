@@ -38,6 +38,7 @@ BUILDERS: Mapping[str, Callable[[], DiffusionPipeline]] = {
     "qwen-image-edit-plus": images.qwen_image_edit_plus,
     "z-image": images.z_image,
     "sd3": images.sd3,
+    "sd3.5": images.sd35,
     "flux1-schnell": images.flux1_schnell,
     "flux2-klein-base": lambda: images.flux2_klein(is_distilled=False),
     "z-image-turbo": lambda: images.z_image(shift=3.0),

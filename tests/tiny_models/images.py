@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
@@ -177,8 +179,7 @@ def z_image(shift: float = 6.0) -> ZImagePipeline:
     )
 
 
-def sd3() -> StableDiffusion3Pipeline:
-    """As SD 3.5: normalised queries and keys, and a second attention over the image alone in the first layer."""
+def sd3(**layers: Any) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(
         scheduler=static_scheduler(shift=3.0),
         vae=vae(),
@@ -195,10 +196,14 @@ def sd3() -> StableDiffusion3Pipeline:
             joint_attention_dim=text.DIM,
             caption_projection_dim=64,
             pooled_projection_dim=text.DIM,
-            dual_attention_layers=(0,),
-            qk_norm="rms_norm",
+            **layers,
         ),
     )
+
+
+def sd35() -> StableDiffusion3Pipeline:
+    """Queries and keys are normalised and, as in the medium one, some layers attend once more over the image alone."""
+    return sd3(dual_attention_layers=(0,), qk_norm="rms_norm")
 
 
 def stable_diffusion() -> StableDiffusionPipeline:

@@ -164,7 +164,7 @@ FORWARDS: Mapping[str, Forward] = {
         "qwen-image-edit-plus", lambda sizes: qwen_image(sizes, images=3), masks=True
     ),
     "Z-Image": Forward("z-image", z_image, masks=True),
-    "SD3": Forward("sd3", sd3),
+    "SD3": Forward("sd3.5", sd3),
 }
 
 

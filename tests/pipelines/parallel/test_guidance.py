@@ -31,7 +31,7 @@ WITH_GUIDANCE = {
     "flux1": {"true_cfg_scale": 4.0, "negative_prompt": "blurred"},
     "qwen-image": {"true_cfg_scale": 4.0, "negative_prompt": "blurred"},
     "z-image": {"guidance_scale": 5.0},
-    "sd3": {"guidance_scale": 7.0},
+    "sd3.5": {"guidance_scale": 7.0},
 }
 """By family, what makes its pipeline compute both branches."""
 
