@@ -112,6 +112,7 @@ class ModelCard(BaseModel):
     family: ModelFamily
     dtype: str
     """Precision of the transformer: bf16, fp16 or fp32."""
+    vae_dtype: str
     device: str
     num_gpus: int
     created: int

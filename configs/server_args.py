@@ -64,7 +64,9 @@ class ServerArgs(BaseModel):
 
     device: Device = Field("auto", description="Where the ranks compute; auto takes CUDA where there is one.")
     dtype: Dtype = Field(
-        "auto", description="Precision of every component; auto is bf16 where the hardware multiplies it natively."
+        "auto",
+        description="Precision of every component; auto is bf16 where the hardware multiplies it natively, with Wan's "
+        "VAE in fp32 on CUDA.",
     )
     attention_backend: str | None = Field(
         None,

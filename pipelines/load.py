@@ -22,7 +22,7 @@ from pipelines.convolution import skip_padding
 from pipelines.encodings import EncodingMemory
 from pipelines.job import InvalidJob, Task
 from pipelines.offload import place
-from pipelines.precision import dtype_name, resolve_device, resolve_dtype
+from pipelines.precision import dtype_name, resolve_device, resolve_dtype, resolve_vae_dtype
 
 if TYPE_CHECKING:
     from pipelines.parallel.guidance import Guidance
@@ -95,8 +95,15 @@ def load_model(args: ServerArgs, mesh: Mesh | None = None) -> Model:
         raise ValueError(
             f"{model_index['_class_name']} cannot be sharded over {mesh.size} ranks: serve it on one (--num-gpus 1)"
         )
+    _, vae_class = model_index.get("vae", (None, None))
+    vae_dtype = resolve_vae_dtype(args.dtype, device, vae_class)
     leads = mesh is None or mesh.rank == 0
-    pipeline = load_pipeline(directory, model_index, dtype, without=() if leads else prompt_components(model_index))
+    pipeline = load_pipeline(
+        directory,
+        model_index,
+        {"default": dtype, "vae": vae_dtype},
+        without=() if leads else prompt_components(model_index),
+    )
     if family is None:
         from pipelines.derived_family import derive_family
 
@@ -111,6 +118,7 @@ def load_model(args: ServerArgs, mesh: Mesh | None = None) -> Model:
             pipeline_class=type(pipeline).__name__,
             family=family,
             dtype=dtype_name(dtype),
+            vae_dtype=dtype_name(vae_dtype),
             device=device.type,
             num_gpus=args.num_gpus,
             created=int(time.time()),
@@ -189,9 +197,12 @@ def prompt_components(model_index: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def load_pipeline(
-    directory: Path, model_index: Mapping[str, Any], dtype: torch.dtype, without: tuple[str, ...] = ()
+    directory: Path, model_index: Mapping[str, Any], dtypes: dict[str, torch.dtype], without: tuple[str, ...] = ()
 ) -> DiffusionPipeline:
     """Load onto the CPU every component but those named in `without`.
+
+    Args:
+        dtypes: precision by component, and of all others at `default`.
 
     Raises:
         ValueError: the pipeline is none of diffusers', or the files do not fit together, with the first line of the
@@ -205,7 +216,7 @@ def load_pipeline(
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
-        return pipeline_class.from_pretrained(directory, dtype=dtype, use_safetensors=True, **dict.fromkeys(without))
+        return pipeline_class.from_pretrained(directory, dtype=dtypes, use_safetensors=True, **dict.fromkeys(without))
     # The libraries report broken files as OSError, ValueError, RuntimeError, KeyError, SafetensorError and more.
     except Exception as error:
         raise ValueError(f"The model in '{directory}' cannot be loaded: {first_line(error)}") from error

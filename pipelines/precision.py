@@ -11,6 +11,9 @@ DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16,
 NATIVE_BF16 = ("amx_bf16", "avx512_bf16")
 """CPU features that multiply bf16 in hardware. Without one it is emulated, slower than fp32."""
 
+FULL_PRECISION_VAES = ("AutoencoderKLWan",)
+"""Classes of VAEs that are to decode in fp32, as diffusers' examples of Wan load it and SGLang Diffusion any."""
+
 
 def resolve_device(device: Device) -> torch.device:
     """`auto` takes CUDA where there is one. Each rank sees one GPU, so it is always the first.
@@ -32,6 +35,16 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
         return torch.bfloat16
     capabilities = torch.cpu.get_capabilities()
     return torch.bfloat16 if any(capabilities.get(name) for name in NATIVE_BF16) else torch.float32
+
+
+def resolve_vae_dtype(dtype: Dtype, device: torch.device, class_name: str | None) -> torch.dtype:
+    """As of everything else, but `auto` leaves what is to decode in fp32 so on CUDA.
+
+    Not on CPUs, where it would take most of what bf16 gains: 6.6 s instead of 2.6 for a clip on two cores with AMX.
+    """
+    if dtype == "auto" and device.type == "cuda" and class_name in FULL_PRECISION_VAES:
+        return torch.float32
+    return resolve_dtype(dtype, device)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -39,7 +39,7 @@ def _object(card: ModelCard) -> ModelObject:
         task_type=types[0],
         supported_task_types=types,
         dit_precision=card.dtype,
-        vae_precision=card.dtype,
+        vae_precision=card.vae_dtype,
         pipeline_class=card.pipeline_class,
         family=card.family.name,
         device=card.device,

@@ -16,10 +16,12 @@ from diffusers import WanPipeline
 from torch import nn
 
 from configs.server_args import ServerArgs
-from pipelines.job import InvalidJob, Task
+from pipelines.generation import generate
+from pipelines.job import InvalidJob, Result, Task
 from pipelines.load import Model, load_model, load_pipeline, prompt_components, read_model_index
-from pipelines.precision import resolve_device, resolve_dtype
+from pipelines.precision import resolve_device, resolve_dtype, resolve_vae_dtype
 from tests import tiny_models
+from tests.pipelines.conftest import make_job
 
 SavedModel = Callable[[str], Path]
 
@@ -189,7 +191,7 @@ class TestOtherRanks:
         path = tiny_model_path(name)
         model_index = read_model_index(path)
         without = prompt_components(model_index)
-        pipeline = load_pipeline(path, model_index, torch.float32, without)
+        pipeline = load_pipeline(path, model_index, {"default": torch.float32}, without)
         assert all(getattr(pipeline, component) is None for component in without)
         assert pipeline.transformer is not None
         assert pipeline.vae is not None
@@ -225,12 +227,34 @@ class TestPrecision:
         assert resolve_dtype("fp16", self.cuda) == torch.float16
         assert resolve_dtype("bf16", self.cpu) == torch.bfloat16
 
+    def test_auto_on_cuda_leaves_the_vae_of_wan_in_fp32(self) -> None:
+        assert resolve_vae_dtype("auto", self.cuda, "AutoencoderKLWan") == torch.float32
+        assert resolve_vae_dtype("auto", self.cuda, "AutoencoderKL") == torch.bfloat16
+        assert resolve_vae_dtype("auto", self.cuda, None) == torch.bfloat16
+        assert resolve_vae_dtype("bf16", self.cuda, "AutoencoderKLWan") == torch.bfloat16
+        with mock.patch("torch.cpu.get_capabilities", return_value={"amx_bf16": True}):
+            assert resolve_vae_dtype("auto", self.cpu, "AutoencoderKLWan") == torch.bfloat16
+
     def test_auto_takes_cuda_where_there_is_one(self) -> None:
         with mock.patch("torch.cuda.is_available", return_value=True):
             assert resolve_device("auto") == self.cuda
             assert resolve_device("cpu") == self.cpu
         with mock.patch("torch.cuda.is_available", return_value=False):
             assert resolve_device("auto") == self.cpu
+
+
+@pytest.mark.parametrize("name", ["wan2.1-t2v", "wan2.1-i2v", "wan2.2-ti2v"])
+def test_a_vae_of_its_own_precision_encodes_and_decodes(tiny_model_path: SavedModel, name: str) -> None:
+    """As Wan's on CUDA: for each task, and for previews on the way to a picture."""
+    with mock.patch("pipelines.load.resolve_vae_dtype", return_value=torch.float32) as resolve:
+        model = load(tiny_model_path(name), dtype="bf16")
+    resolve.assert_called_once_with("bf16", torch.device("cpu"), "AutoencoderKLWan")
+    assert (model.card.dtype, model.card.vae_dtype) == ("bf16", "fp32")
+    assert (model.pipeline.transformer.dtype, model.pipeline.vae.dtype) == (torch.bfloat16, torch.float32)
+    for task in model.pipeline_classes:
+        *_, result = generate(model, *make_job(model, task, partial_images=int(not task.is_video)))
+        assert isinstance(result, Result)
+        assert result.outputs[0].data
 
 
 def test_offload_on_a_cpu_says_that_there_is_nothing_to_do(

@@ -18,7 +18,7 @@ from pipelines.job import LoRASpec, Task
 class StandInEngine:
     """An engine that serves a model and computes nothing."""
 
-    def __init__(self, *tasks: Task, parameters: Iterable[str] = ()):
+    def __init__(self, *tasks: Task, parameters: Iterable[str] = (), dtype: str = "fp32", vae_dtype: str = "fp32"):
         family = ModelFamily(
             name="stand-in",
             match=Match(pipelines=()),
@@ -30,7 +30,8 @@ class StandInEngine:
             id="stand/in",
             pipeline_class="AnyPipeline",
             family=family,
-            dtype="fp32",
+            dtype=dtype,
+            vae_dtype=vae_dtype,
             device="cpu",
             num_gpus=1,
             created=0,
