@@ -112,6 +112,17 @@ def load_model(args: ServerArgs, mesh: Mesh | None = None) -> Model:
     transformers = {name: modules[name] for name in TRANSFORMERS if name in modules}
     if device.type == "cpu" and "vae" in modules:
         skip_padding(modules["vae"])
+    # In this order: sharding takes over attention with the kernel chosen for it, blocks are compiled with its hooks,
+    # and what brings weights to the device goes around them all.
+    if args.attention_backend is not None:
+        for transformer in transformers.values():
+            set_attention_backend(transformer, args.attention_backend)
+    guidance = None if mesh is None else shard(transformers, mesh)
+    if args.enable_torch_compile:
+        for transformer in transformers.values():
+            # Hooks on a block, of a sharded or streamed transformer, break the graph.
+            compile_blocks(transformer, fullgraph=mesh is None and not args.dit_layerwise_offload)
+    rest_transformers = place(modules, transformers, args, device)
     return Model(
         card=ModelCard(
             id=args.served_model_name or args.model_path or "ditserve",
@@ -128,11 +139,11 @@ def load_model(args: ServerArgs, mesh: Mesh | None = None) -> Model:
         pipeline_classes={Task(task): getattr(diffusers, name) for task, name in family.tasks.items()},
         transformers=transformers,
         mesh=mesh,
-        guidance=shard(transformers, args, mesh),
+        guidance=guidance,
         device=device,
         dtype=dtype,
         encodings=EncodingMemory(),
-        rest_transformers=place(modules, transformers, args, device),
+        rest_transformers=rest_transformers,
     )
 
 
@@ -222,29 +233,18 @@ def load_pipeline(
         raise ValueError(f"The model in '{directory}' cannot be loaded: {first_line(error)}") from error
 
 
-def shard(transformers: Mapping[str, nn.Module], args: ServerArgs, mesh: Mesh | None) -> Guidance | None:
-    """Choose the attention kernel, spread the transformers over the mesh, and compile them: in this order.
+def shard(transformers: Mapping[str, nn.Module], mesh: Mesh) -> Guidance | None:
+    """Spread the transformers over the mesh, and the branches of guidance over its halves if it has two.
 
     Raises:
-        ValueError: an option that this model, mesh or machine does not have.
+        ValueError: there is no way to shard one of them.
     """
-    guidance = None
-    if args.attention_backend is not None:
-        for transformer in transformers.values():
-            set_attention_backend(transformer, args.attention_backend)
-    if mesh is not None:
-        from pipelines.parallel.guidance import share_guidance
-        from pipelines.parallel.sequence import shard_sequence
+    from pipelines.parallel.guidance import share_guidance
+    from pipelines.parallel.sequence import shard_sequence
 
-        for transformer in transformers.values():
-            shard_sequence(transformer, mesh)
-        if mesh.dims.cfg_degree > 1:
-            guidance = share_guidance(transformers.values(), mesh)
-    if args.enable_torch_compile:
-        for transformer in transformers.values():
-            # Hooks on a block, of a sharded or streamed transformer, break the graph.
-            compile_blocks(transformer, fullgraph=mesh is None and not args.dit_layerwise_offload)
-    return guidance
+    for transformer in transformers.values():
+        shard_sequence(transformer, mesh)
+    return share_guidance(transformers.values(), mesh) if mesh.dims.cfg_degree > 1 else None
 
 
 SGLANG_ATTENTION_BACKENDS = {"torch_sdpa": "native", "fa": "flash", "sage_attn": "sage"}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.parallel.mesh import Mesh
-from pipelines.parallel.shards import ShardedSequence
+from pipelines.parallel.shards import Layout, ShardedSequence
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention within one rank: (B, S, h, D) queries, keys and values and a (B, 1, 1, S) mask to (B, S, h, D)."""
@@ -58,18 +58,31 @@ def sharded_attention(
 
     qkv = heads_to_tokens([query, key, value], peers, mesh)
     if mesh.dims.ring_degree == 1:
-        if layout.from_shards is not None:
-            qkv = qkv.index_select(0, layout.from_shards)
-            key_mask = None if key_mask is None else key_mask.index_select(1, layout.from_shards)
-        q, k, v = qkv.permute(1, 2, 0, 3, 4)
-        out = attend(q, k, v, None if key_mask is None else key_mask[:, None, None]).transpose(0, 1)
-        if layout.to_shards is not None:
-            out = out.index_select(0, layout.to_shards)
+        out = attention_in_order(qkv, key_mask, layout, attend)
     else:
-        q, *kv = qkv.permute(1, 2, 3, 0, 4)
-        out = ring_attention(q, torch.stack(kv), key_mask, scale, [sum(chunk) for chunk in chunks], mesh)
-        out = out.permute(2, 0, 1, 3)
+        out = attention_round_ring(qkv, key_mask, scale, [sum(chunk) for chunk in chunks], mesh)
     return tokens_to_heads(out, peers, mesh)[:, :, :heads]
+
+
+def attention_in_order(qkv: Tensor, key_mask: Tensor | None, layout: Layout, attend: Attend) -> Tensor:
+    """Attention where the Ulysses peers hold all tokens: (S, 3, B, h, D) and a (B, S) mask to (S, B, h, D)."""
+    if layout.from_shards is not None:
+        qkv = qkv.index_select(0, layout.from_shards)
+        key_mask = None if key_mask is None else key_mask.index_select(1, layout.from_shards)
+    query, key, value = qkv.permute(1, 2, 0, 3, 4)  # (B, S, h, D) each
+    out = attend(query, key, value, None if key_mask is None else key_mask[:, None, None])  # (B, S, h, D)
+    out = out.transpose(0, 1)  # (S, B, h, D)
+    return out if layout.to_shards is None else out.index_select(0, layout.to_shards)
+
+
+def attention_round_ring(
+    qkv: Tensor, key_mask: Tensor | None, scale: float | None, lengths: Sequence[int], mesh: Mesh
+) -> Tensor:
+    """Attention where each rank of a ring holds `lengths` tokens: (C, 3, B, h, D) and a (B, S) mask to (C, B, h, D)."""
+    query, *key_value = qkv.permute(1, 2, 3, 0, 4)  # (B, h, C, D) each
+    kv = torch.stack(key_value)  # (2, B, h, C, D)
+    out = ring_attention(query, kv, key_mask, scale, lengths, mesh)  # (B, h, C, D)
+    return out.permute(2, 0, 1, 3)  # (C, B, h, D)
 
 
 def heads_to_tokens(tensors: Sequence[Tensor], lengths: Sequence[int], mesh: Mesh) -> Tensor:
