@@ -46,7 +46,9 @@ def _plain_errors() -> Iterator[None]:
 class EngineClient:
     """`interfaces.Engine` over the Engine deployment's handle."""
 
-    def __init__(self, handle: DeploymentHandle):
+    def __init__(self, handle: DeploymentHandle, asker: str = ""):
+        """`asker` tells this process from an earlier one that asked for the same videos."""
+        self._asker = asker
         self._handle = handle
         self._streaming = handle.options(stream=True)
         self._card: ModelCard | None = None
@@ -65,7 +67,7 @@ class EngineClient:
         retried = False
         with _plain_errors():
             while True:
-                events = self._streaming.generate.remote(job, dict(media), progress)
+                events = self._streaming.generate.remote(job, dict(media), progress, self._asker)
                 try:
                     async for event in events:
                         yield event
@@ -112,7 +114,8 @@ def connect_engine() -> EngineClient:
 
 @cache
 def _engine_client() -> EngineClient:
-    return EngineClient(serve.get_deployment_handle("Engine", APPLICATION))
+    handle = serve.get_deployment_handle("Engine", APPLICATION)
+    return EngineClient(handle, asker=ray.get_runtime_context().get_worker_id())
 
 
 class StateClient:

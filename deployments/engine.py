@@ -83,21 +83,23 @@ class Engine:
             if task.done():
                 raise RuntimeError(f"the engine cannot go on: {task.exception()!r}")
 
-    async def generate(self, job: Job, media: Media, progress: bool) -> AsyncIterator[Event]:
+    async def generate(self, job: Job, media: Media, progress: bool, asker: str = "") -> AsyncIterator[Event]:
         """Queue `job` and give its events: with `progress`, one when it begins, one per denoising step; last its
         `Result`. Closing the iterator abandons the job.
 
-        Whoever asks for a job again (the state actor, after a crash) takes it over from whoever asked before.
+        Whoever asks for a job again (the state actor, after a crash) takes it over from whoever asked before. It asks
+        for all its videos, each of any replica: so those that another `asker` left here are nobody's.
 
         Raises:
             APIError: 429, no further picture may wait; 504, its time is up; 500, it failed.
             InvalidJob: the pipeline refused it.
         """
         for older in [*self.schedule, *([self.running] if self.running else [])]:
-            if older.job.id == job.id:
+            is_left = job.task.is_video and older.is_video and older.asker != asker
+            if older.job.id == job.id or is_left:
                 # Should anybody still listen there: a call without an end would keep this replica from draining.
                 self._abandon(older, "left", APIError(409, "The job was asked for again", code="taken_over"))
-        ticket = Ticket(job, media, progress)
+        ticket = Ticket(job, media, progress, asker)
         await self._enqueue(ticket)
         try:
             with self._time_limit(ticket, job.timeout, job.timeout):

@@ -35,6 +35,8 @@ class Ticket:
     media: Media
     progress: bool
     """Whether its steps are told."""
+    asker: str = ""
+    """The process that asked for it."""
     events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
     ended: bool = False
     """It has given its last event, or nobody waits for it any more."""

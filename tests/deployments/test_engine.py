@@ -88,9 +88,10 @@ VIDEO = Job(
 )
 
 
-def asked_for(engine: Engine) -> asyncio.Task[list[Event]]:
+def asked_for(engine: Engine, video_id: str = "video_1", asker: str = "") -> asyncio.Task[list[Event]]:
     async def events() -> list[Event]:
-        return [event async for event in engine.generate(VIDEO, {}, progress=True)]
+        video = VIDEO.model_copy(update={"id": video_id})
+        return [event async for event in engine.generate(video, {}, progress=True, asker=asker)]
 
     return asyncio.create_task(events())
 
@@ -125,6 +126,20 @@ async def test_a_job_that_waits_is_taken_over_too(engine: Engine) -> None:
     assert isinstance((await asyncio.wait_for(second, 5))[-1], Result)
     assert gang.began == ["video_0", "video_1"]
     await running
+
+
+async def test_the_videos_of_a_state_actor_that_is_gone_are_not_computed_for_nobody(engine: Engine) -> None:
+    """The next one may ask other replicas for them."""
+    gang = engine.gang
+    left = [asked_for(engine, f"video_{number}", asker="a life that ended") for number in range(3)]
+    await until(lambda: gang.began == ["video_0"])
+    again = asked_for(engine, "video_2", asker="the next life")
+    for task in left:
+        with pytest.raises(APIError):
+            await asyncio.wait_for(task, 5)
+    gang.allow(5)
+    assert isinstance((await asyncio.wait_for(again, 5))[-1], Result)
+    assert gang.began == ["video_0", "video_2"]
 
 
 async def test_an_order_that_comes_late_loses_no_job(engine: Engine) -> None:
