@@ -107,6 +107,7 @@ def keep_in_host_memory_between_jobs(
         resident.module.register_forward_pre_hook(lambda module, inputs, mine=resident: take_turn(mine))
 
     def rest_all() -> None:
+        torch.get_device_module(device).synchronize()  # a copy under way must not read what is edited at rest
         for resident in residents:
             resident.rest()
 
@@ -160,8 +161,9 @@ class BlockStream:
 
     def rest(self) -> None:
         """Point all blocks at host memory again: the one copied last, and those of a forward that failed."""
-        # What takes the memory next must not be overwritten by a copy that is still under way.
-        self._backend.current_stream().wait_stream(self._copies)
+        # A copy under way, of a step that the host is ahead of, must neither read what is edited at rest nor write to
+        # memory that it has no more.
+        self._backend.synchronize()
         for resident in self._residents:
             resident.rest()
 
@@ -212,7 +214,8 @@ def place(
     asked = [name for name in type(args).model_fields if name.endswith("_offload") and getattr(args, name)]
     if asked and device.type == "cpu":
         logger.info("%s: nothing to do on a CPU, where everything is in host memory", ", ".join(asked))
-    rests.append(keep_in_host_memory_between_jobs(between_jobs, device, pin=args.pin_cpu_memory))
+    if between_jobs:
+        rests.append(keep_in_host_memory_between_jobs(between_jobs, device, pin=args.pin_cpu_memory))
 
     def rest_all() -> None:
         for rest in rests:

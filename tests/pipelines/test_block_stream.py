@@ -125,6 +125,17 @@ def test_an_edit_after_a_job_shows_in_the_next() -> None:
     assert torch.equal(transformer(X)[0], before * 2**5)
 
 
+def test_blocks_rest_when_the_device_is_done_with_their_copies() -> None:
+    """A job may be suspended, and an adapter merged, while the device is a step behind."""
+    transformer = Blocks()
+    rest = stream_blocks(transformer, DEVICE, pin=False)
+    transformer(X)
+    away: list[list[int]] = []
+    with mock.patch.object(torch.cpu, "synchronize", side_effect=lambda: away.append(transformer.not_at_home())):
+        rest()
+    assert (away, transformer.not_at_home()) == ([[0]], [])
+
+
 def test_an_edit_after_a_failed_job_shows_in_the_next() -> None:
     transformer = Blocks()
     rest = stream_blocks(transformer, DEVICE, pin=False)
