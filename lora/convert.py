@@ -120,7 +120,7 @@ def _renamed(
     if "unet" in transformers:  # its layers are counted otherwise in SDXL's own checkpoints
         options["unet_config"] = transformers["unet"].config
     try:
-        result = converter(traced, **options)
+        result = converter(dict(traced), **options)  # which some of them empty
     except Exception as error:  # the converters fail in any way (KeyError, IndexError, AssertionError …) on a misfit
         raise InvalidAdapter(
             f"is of no LoRA format that {pipeline_class.__name__} knows (keys such as {listed(traced)})"

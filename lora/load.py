@@ -132,14 +132,14 @@ def _updates(
 ) -> dict[str, Update]:
     """The updates of one transformer by parameter name. Raises `InvalidAdapter` unless every layer fits."""
     _demand_known(layers, shapes)
-    foreign = [module for module in alphas if f"{module}.weight" not in shapes]
-    if foreign:
-        raise InvalidAdapter(f"has alphas of layers that this model does not have: {listed(foreign)}")
     modules: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, tensor in layers.items():
         layer = LAYER.fullmatch(key)
         assert layer is not None
         modules[layer["module"]][f"{layer['half']}.{layer['kind']}"] = _storable(tensor)
+    lonely = [module for module in alphas if module not in modules]
+    if lonely:
+        raise InvalidAdapter(f"has alphas without layers: {listed(lonely)}")
     updates: dict[str, Update] = {}
     for module, parts in modules.items():
         if not {"A.weight", "B.weight"} <= parts.keys():

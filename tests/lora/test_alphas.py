@@ -88,6 +88,16 @@ def test_the_alphas_of_a_low_noise_file_are_applied(
     assert_merges_like_peft(file, {"transformer_2": low}, type(wan), transformers("wan2.2-t2v"))
 
 
+def test_alphas_of_one_expert_beside_the_layers_of_the_other_are_refused(pipeline: Pipelines, tmp_path: Path) -> None:
+    wan = pipeline("wan2.2-t2v")
+    low = trained_experts(wan)["transformer_2"]
+    state = with_alphas(low, with_prefix("transformer_2.", low.state), lambda module: module)
+    file = adapters.save(state, tmp_path / "low.safetensors")
+
+    with pytest.raises(InvalidAdapter, match=r"has alphas without layers: blocks\.0\.attn1\.to_q"):
+        load(resolve(str(file)), type(wan), {name: wan.components[name] for name in EXPERTS})
+
+
 def test_each_expert_has_its_own_config_in_a_header(
     pipeline: Pipelines, transformers: Transformers, tmp_path: Path
 ) -> None:

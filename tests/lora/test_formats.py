@@ -179,7 +179,7 @@ REFUSED: dict[str, tuple[Callable[[State], State], str]] = {
     ),
     "alphas under other names": (
         lambda s: {**s, "lora_unet_blocks_0_attn1_to_q.alpha": torch.tensor(1.0)},
-        r"has alphas of layers that this model does not have: lora_unet_blocks_0_attn1_to_q",
+        r"has alphas without layers: lora_unet_blocks_0_attn1_to_q",
     ),
     "unequal ranks": (lambda s: {**s, KEY: torch.ones(3, 96)}, r"halves of blocks\.0\.\S+ have rank 3 and 4"),
     "no LoRA": (lambda s: {"blocks.0.attn1.to_q.weight": torch.ones(4, 4)}, r"is not a LoRA: no key names"),

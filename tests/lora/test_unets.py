@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
+from lora.load import InvalidAdapter, load, resolve
 from tests import tiny_models
 from tests.lora import adapters
 from tests.lora.adapters import State, Trained, train, with_alphas, with_prefix
@@ -137,3 +138,14 @@ def test_an_adapter_for_a_unet_gives_the_weights_peft_gives(format_name: str, tm
     file = adapters.save(convert(trained), tmp_path / "adapter.safetensors")
 
     assert_merges_like_peft(file, {"unet": trained}, pipeline_class, {"unet": unet})
+
+
+def test_half_a_pair_is_refused_by_the_name_in_the_file(tmp_path: Path) -> None:
+    """SDXL's converter empties what it is given before it fails."""
+    unet = sdxl()
+    state = kohya(adapters.musubi(name=sdxl_original))(train(unet, r"mid_block\..*attn1\.to_q"))
+    key = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.lora_up.weight"
+    file = adapters.save({name: tensor for name, tensor in state.items() if name != key}, tmp_path / "half.safetensors")
+
+    with pytest.raises(InvalidAdapter, match=r"keys such as lora_unet_middle_block_1"):
+        load(resolve(str(file)), StableDiffusionXLPipeline, {"unet": unet})
