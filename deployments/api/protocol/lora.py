@@ -15,6 +15,10 @@ Value = TypeVar("Value")
 Names = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(listed), Field(min_length=1)]
 
 
+def _refuse_alpha(value: object) -> None:
+    raise ValueError("it is not supported: alpha is read from the adapter's file")
+
+
 class LoRATargets(WireRequest):
     """Body of `POST /v1/unmerge_lora_weights`; may be absent."""
 
@@ -42,7 +46,9 @@ class SetLoRA(WireRequest):
         description="Transformers: `all`, or names such as `transformer_2`. A list has one per adapter.",
     )
     merge_mode: Literal["auto", "merge"] | None = Field(None, description="Adapters are always merged.")
-    lora_alpha: None = Field(None, description="Not supported: alpha is read from the adapter's file.")
+    lora_alpha: Annotated[None, BeforeValidator(_refuse_alpha)] = Field(
+        None, description="Not supported: alpha is read from the adapter's file."
+    )
 
     def adapters(self) -> list[LoRARequest]:
         """One per nickname. A single strength or target holds for all; a single adapter may have several targets.
