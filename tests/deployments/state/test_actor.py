@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +16,18 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError
 
+from deployments import log, state
 from deployments.clients import StateClient
 from deployments.errors import APIError
 from deployments.interfaces import Video, VideoStatus
-from deployments.state_actor import ACTOR_NAME, NAMESPACE, forget_state_actor, renew_state_actor, state_actor
+from deployments.state_actor import (
+    ACTOR_NAME,
+    NAMESPACE,
+    SETTINGS,
+    forget_state_actor,
+    renew_state_actor,
+    state_actor,
+)
 from tests.deployments import step_engine
 from tests.deployments.state.videos import (
     INPUTS,
@@ -33,6 +43,12 @@ def test_the_state_needs_no_torch():
     subprocess.run(
         [sys.executable, "-c", "import sys, deployments.state_actor; assert 'torch' not in sys.modules"], check=True
     )
+
+
+def test_its_settings_are_all_that_it_reads_of_the_arguments():
+    """Else it would keep the old value of one when the server is deployed with another."""
+    read = re.findall(r"args\.(\w+)", inspect.getsource(state) + inspect.getsource(log.configure))
+    assert set(read) == set(SETTINGS)
 
 
 @pytest.fixture
@@ -73,7 +89,9 @@ class TestTheActor:
         assert (await actor.get_video.remote("video_1")).job == a_job()  # it does not read that one
         renew_state_actor(args.model_copy(update={"max_queue": 1}), make)
         with pytest.raises(ActorDiedError):
-            await actor.get_video.remote("video_1")
+            async with asyncio.timeout(20):
+                while True:  # for the moment that Ray takes to end it, it still answers
+                    await actor.get_video.remote("video_1")
         renewed = state_actor(args, make)
         assert (await renewed.get_video.remote("video_1")).job == a_job()
         assert not await renewed.serves.remote(args)
@@ -83,7 +101,9 @@ class TestTheActor:
         await client.create_video(a_job(), INPUTS, "wan")
         forget_state_actor()
         with pytest.raises(APIError) as gone:
-            await client.get_video("video_1")
+            async with asyncio.timeout(20):
+                while True:  # for the moment that Ray takes to end it, it still answers
+                    await client.get_video("video_1")
         assert gone.value.status == 503
         assert (await client.get_video("video_1")).job == a_job()
 
