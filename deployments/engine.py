@@ -69,12 +69,7 @@ class Engine:
         Raises:
             APIError: 503; the gang is being rebuilt.
         """
-        try:
-            if not self.gang.loaded:
-                raise GangBroken("they load the model")
-            await self.gang.ping()
-        except GangBroken as broken:
-            raise APIError(503, f"The engine is replacing its workers: {broken}", code="not_ready") from None
+        await self.gang.ready()
 
     async def check_health(self) -> None:
         """Called by Serve; raising makes it replace this replica."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import copy_context
 from typing import Any, TypeVar
 
@@ -17,10 +18,11 @@ from configs.model_family import ModelCard
 from configs.server_args import ServerArgs
 from deployments.adapters import LoadedAdapter
 from deployments.errors import APIError
-from deployments.losses import PROCESS_LOST, cause, first_line
+from deployments.losses import PROCESS_LOST, cause
 from deployments.rank import Rank, WeightsLost
 from deployments.stall import Stalled
 from pipelines.job import Event, Job, LoRASpec, Media, Result
+from pipelines.reasons import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -264,10 +266,20 @@ class Gang:
         return await self._of_leader("lora_bytes_held")
 
     async def _of_leader(self, question: str, *args: str) -> Any:
+        with self._told_if_not_ready():
+            return await _result(getattr(self.ranks[0], question).remote(*args))
+
+    async def ready(self) -> None:
+        """Return once every rank has answered. Raises `APIError` 503 while the gang is being rebuilt, or has to be."""
+        with self._told_if_not_ready():
+            await self.ping()
+
+    @contextmanager
+    def _told_if_not_ready(self) -> Iterator[None]:
         try:
             if not self.loaded:
                 raise GangBroken("they load the model")
-            return await _result(getattr(self.ranks[0], question).remote(*args))
+            yield
         except GangBroken as broken:
             raise APIError(503, f"The engine is replacing its workers: {broken}", code="not_ready") from None
 
@@ -304,6 +316,6 @@ async def _result(reference: Any) -> Any:
         value = await reference
         return await value if isinstance(value, ray.ObjectRef) else value
     except PROCESS_LOST as error:
-        raise GangBroken(f"a rank died: {first_line(error)}") from error
+        raise GangBroken(f"a rank died: {first_line(cause(error))}") from error
     except RayTaskError as error:
         raise cause(error) from None

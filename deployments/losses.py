@@ -10,12 +10,5 @@ of memory, which is a kind of its own and no `RayActorError`."""
 
 
 def cause(error: BaseException) -> BaseException:
-    """What was raised at the other end: Ray wraps it in an error whose text is a traceback, the call's name in colour
-    first."""
+    """What was raised at the other end: Ray wraps it in an error whose text is a traceback."""
     return error.cause if isinstance(error, RayTaskError) else error
-
-
-def first_line(error: BaseException) -> str:
-    """The error's text as far as it fits into one of ours, or its class where it has none."""
-    error = cause(error)
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -16,6 +16,8 @@ replaces it."""
 
 
 class Recovery:
+    """Starts one gang again and again, and counts how often in a row it failed to start."""
+
     def __init__(self, gang: Gang):
         self._gang = gang
         self._failed_starts = 0

@@ -203,7 +203,8 @@ class State:
 
     def _forget_startup_adapter(self) -> None:
         """It is merged, or a client has chosen otherwise since."""
-        self._jobs.note("startup adapter", self._startup_adapter)
+        if self._args.lora_path is not None:
+            self._jobs.note("startup adapter", self._startup_adapter)
 
     def _note_adapters(self) -> None:
         of_jobs = {spec.identity for video in self._jobs.unfinished() for spec in video.job.lora}

@@ -142,11 +142,10 @@ class VideoRunner:
 
 
 def _means_not_now(error: Exception) -> bool:
-    match cause(error):
-        case APIError() as refused:
-            return refused.status in (429, 503)
-        case lost_or_unwritten:
-            return isinstance(lost_or_unwritten, (*PROCESS_LOST, sqlite3.OperationalError))
+    reason = cause(error)
+    if isinstance(reason, APIError):
+        return reason.status in (429, 503)
+    return isinstance(reason, (*PROCESS_LOST, sqlite3.OperationalError))
 
 
 def _explain(error: Exception) -> VideoError:

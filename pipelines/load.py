@@ -23,6 +23,7 @@ from pipelines.encodings import EncodingMemory
 from pipelines.job import InvalidJob, Task
 from pipelines.offload import place
 from pipelines.precision import dtype_name, resolve_device, resolve_dtype, resolve_vae_dtype
+from pipelines.reasons import first_line
 
 if TYPE_CHECKING:
     from pipelines.parallel.guidance import Guidance
@@ -286,7 +287,3 @@ def view_of(pipeline: DiffusionPipeline, view_class: type[DiffusionPipeline]) ->
     if hasattr(view, "vae_scale_factor_spatial"):
         view.vae_scale_factor_spatial = pipeline.vae_scale_factor_spatial
     return view
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
