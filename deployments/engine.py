@@ -214,6 +214,7 @@ class Engine:
                 raise APIError(500, f"The generation failed: {failed}", code="generation_failed") from None
             except GangBroken as broken:
                 ticket.breaks += 1
+                ticket.begun = False
                 logger.error("the gang broke under this job, break %d: %s", ticket.breaks, broken)
                 await self._rebuild()
                 if ticket.ended:
@@ -227,9 +228,9 @@ class Engine:
         """One turn on a whole gang: the job's events, as `Gang.run` gives them."""
         started = time.monotonic()
         steps = ticket.job.num_inference_steps * len(ticket.job.seeds)
-        if ticket.progress and not ticket.suspended:
+        if ticket.progress and not ticket.begun:
             ticket.events.put_nowait(Progress(0, steps))
-        ticket.suspended = False
+        ticket.begun, ticket.suspended = True, False
         self._let_pictures_pass()
         try:
             with self._time_limit(ticket, self.args.job_timeout, self._seconds_left(ticket)):

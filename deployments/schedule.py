@@ -40,6 +40,8 @@ class Ticket:
     events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
     ended: bool = False
     """It has given its last event, or nobody waits for it any more."""
+    begun: bool = False
+    """Its step 0 was told. Told again only after a break of its own: it then counts as another attempt."""
     suspended: bool = False
     """It has given way between two steps, and the ranks hold its latents."""
     breaks: int = 0

@@ -13,7 +13,8 @@ from configs.server_args import ServerArgs
 from deployments import engine as engine_module
 from deployments.engine import Engine
 from deployments.errors import APIError
-from deployments.rank import Stopped
+from deployments.gang import GangBroken
+from deployments.rank import Stopped, Suspended
 from pipelines.job import Event, Job, Media, Output, Progress, Result, Task
 
 
@@ -25,7 +26,8 @@ class StepwiseGang:
         self.composition = ()
         self.is_lost = False
         self.began: list[str] = []
-        self._orders: list[str] = []
+        self.breaks_under: str | None = None
+        self._orders: dict[str, type[Exception]] = {}
         self._steps = asyncio.Semaphore(0)
 
     async def start(self) -> str:
@@ -39,18 +41,22 @@ class StepwiseGang:
             self._steps.release()
 
     def stop(self, job_id: str) -> None:
-        self._orders.append(job_id)
+        self._orders[job_id] = Stopped
 
     def suspend(self, job_id: str) -> None:
-        pytest.fail("no picture waits")
+        self._orders[job_id] = Suspended
+
+    def kill(self) -> None:
+        self.breaks_under = None
 
     async def run(self, job: Job, media: Media, progress: bool) -> AsyncIterator[Event]:
         self.began.append(job.id)
+        if job.id == self.breaks_under:
+            raise GangBroken("rank 0 died")
         for step in range(job.num_inference_steps):
             await self._steps.acquire()
-            if job.id in self._orders:
-                self._orders.remove(job.id)
-                raise Stopped(job.id)
+            if order := self._orders.pop(job.id, None):
+                raise order(job.id)
             yield Progress(step + 1, job.num_inference_steps)
         yield Result((Output(b"clip"),), {})
 
@@ -87,6 +93,8 @@ VIDEO = Job(
     id="video_1", task=Task.TEXT_TO_VIDEO, prompt="waves", width=64, height=64, num_inference_steps=4, seeds=(1,)
 )
 
+PICTURE = VIDEO.model_copy(update={"id": "image_1", "task": Task.TEXT_TO_IMAGE})
+
 
 def asked_for(engine: Engine, video_id: str = "video_1", asker: str = "") -> asyncio.Task[list[Event]]:
     async def events() -> list[Event]:
@@ -94,6 +102,10 @@ def asked_for(engine: Engine, video_id: str = "video_1", asker: str = "") -> asy
         return [event async for event in engine.generate(video, {}, progress=True, asker=asker)]
 
     return asyncio.create_task(events())
+
+
+def steps_of(events: list[Event]) -> list[int]:
+    return [event.step for event in events if isinstance(event, Progress)]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -147,8 +159,27 @@ async def test_an_order_that_comes_late_loses_no_job(engine: Engine) -> None:
     gang.stop("video_1")  # meant for an asking that had ended when it came
     asked = asked_for(engine)
     gang.allow(5)
-    assert [event.step for event in (await asyncio.wait_for(asked, 5))[:-1]] == [0, 0, 1, 2, 3, 4]
+    assert steps_of(await asyncio.wait_for(asked, 5)) == [0, 1, 2, 3, 4]
     assert gang.began == ["video_1", "video_1"]
+
+
+async def test_each_break_under_a_video_is_an_attempt_of_its_own(engine: Engine) -> None:
+    engine.gang.breaks_under = "video_1"
+    asked = asked_for(engine)
+    engine.gang.allow(5)
+    assert steps_of(await asyncio.wait_for(asked, 5)) == [0, 0, 1, 2, 3, 4]
+
+
+async def test_a_video_that_gave_way_pays_no_attempt_for_a_break_under_the_picture(engine: Engine) -> None:
+    gang = engine.gang
+    video = asked_for(engine)
+    await until(lambda: gang.began == ["video_1"])
+    gang.breaks_under = PICTURE.id
+    picture = asyncio.create_task(anext(engine.generate(PICTURE, {}, False)))
+    gang.allow(10)
+    assert steps_of(await asyncio.wait_for(video, 5)) == [0, 1, 2, 3, 4]
+    assert gang.began == ["video_1", PICTURE.id, PICTURE.id, "video_1"]
+    await picture
 
 
 async def test_an_engine_whose_work_has_ended_is_unhealthy(engine: Engine) -> None:
