@@ -1,0 +1,68 @@
+"""`build`, where a state actor lives already: it goes on with the Serve that runs now."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray import serve
+from ray.actor import ActorHandle
+
+from configs.server_args import ServerArgs
+from deployments.app import build
+from deployments.clients import connect_engine
+from deployments.cluster import APPLICATION
+from deployments.interfaces import VideoStatus
+from deployments.state_actor import forget_state_actor, state_actor
+from pipelines.job import Event, Job, Media, Output, Progress, Result, Task
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+class ReadyEngine:
+    """In place of the Engine: every video is computed already."""
+
+    async def generate(self, job: Job, media: Media, progress: bool, asker: str) -> AsyncGenerator[Event, None]:
+        yield Progress(0, job.num_inference_steps)
+        yield Result((Output(b"clip", b"thumbnail", b"sheet"),), seconds={})
+
+
+def serve_anew(args: ServerArgs) -> None:
+    """What `serve run` does on a cluster that is there already."""
+    serve.start(proxy_location="Disabled")
+    build(args)
+    serve.run(serve.deployment(ReadyEngine, name="Engine").bind(), name=APPLICATION, route_prefix=None)
+
+
+@pytest.fixture
+def args(tmp_path: Path) -> Iterator[ServerArgs]:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers need not find the tests
+    yield ServerArgs(output_path=str(tmp_path / "outputs"), state_path=str(tmp_path / "jobs.sqlite3"))
+    serve.shutdown()
+    forget_state_actor()
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+async def compute(state: ActorHandle, video_id: str) -> None:
+    job = Job(id=video_id, task=Task.TEXT_TO_VIDEO, prompt="", width=64, height=64, num_inference_steps=1, seeds=(1,))
+    await state.create_video.remote(job, {}, "model")
+    async with asyncio.timeout(30):
+        while (await state.get_video.remote(video_id)).status is not VideoStatus.COMPLETED:
+            await asyncio.sleep(0.02)
+
+
+async def test_a_state_actor_stays_as_long_as_its_serve(args: ServerArgs) -> None:
+    """Its handle of the engine of a Serve that was shut down would wait for replicas without end."""
+    serve_anew(args)
+    state = state_actor(args, connect_engine)
+    await compute(state, "video_1")
+    build(args)  # deployed once more
+    assert state_actor(args, connect_engine) == state
+    await compute(state, "video_2")
+    serve.shutdown()
+    serve_anew(args)
+    await compute(state_actor(args, connect_engine), "video_3")
