@@ -18,7 +18,7 @@ from configs.server_args import ServerArgs
 from deployments.errors import APIError
 
 APPLICATION = "ditserve"
-"""Name of the Serve application."""
+"""Name of the Serve application, by which the state actor finds the engine: there is one on a cluster."""
 
 PROXY_ENVIRONMENT = {
     # HAProxy in front of the replicas: 0.9 ms a request against 3.9 ms through Serve's Python proxy.
@@ -56,6 +56,14 @@ that does not want them. They take 180 MB and 4 s of CPU at each start: 8 s inst
 PRIVATE_PORTS = range(20000, 30000)
 """Where a server's private ports are chosen from. Systems give those above (Linux: from 32768) to outgoing connections,
 so that one found free might be taken when HAProxy comes to listen on it; Ray's workers have those below."""
+
+
+SERVE_RUNS_ALREADY = (
+    "Serve runs on this cluster already, with the port and the applications it has. To add or change a server there,"
+    " run `serve deploy` with the YAML that --print-config prints; `serve shutdown` ends it."
+)
+"""Serve takes its port and its environment once, when it starts, and a second application of our name would replace the
+first."""
 
 
 class StartFailed(Exception):
@@ -105,6 +113,8 @@ def _ray(args: ServerArgs, environment: Mapping[str, str], joined: bool) -> Iter
     for number, handler in handlers.items():  # Ray has put its own in their place
         signal.signal(number, handler)
     try:
+        if joined and (there := serve.status()) and (there.applications or there.proxies):
+            raise StartFailed(SERVE_RUNS_ALREADY)
         serve.start(
             proxy_location="EveryNode" if joined else "HeadOnly",
             http_options=http_options(args),
@@ -119,18 +129,16 @@ def _ray(args: ServerArgs, environment: Mapping[str, str], joined: bool) -> Iter
 
 @contextmanager
 def _application(args: ServerArgs, joined: bool) -> Iterator[ServerArgs]:
-    """The application, deployed and with the adapter of its start merged; on a cluster that stays it is taken down."""
+    """The application, deployed and with the adapter of its start merged. A cluster that stays is left as it was."""
     import ray
     from ray import serve
 
     from deployments.app import build, settle
-    from deployments.state_actor import ACTOR_NAME, NAMESPACE, forget_state_actor
+    from deployments.state_actor import ACTOR_NAME, NAMESPACE
 
     with ExitStack() as undo:
         if joined:
-            # The state actor ends first: it would ask for its videos again, and find no engine for them.
-            undo.callback(serve.delete, APPLICATION)
-            undo.callback(forget_state_actor)
+            undo.callback(_take_down)
         try:
             serve.run(build(args), name=APPLICATION, route_prefix="/")
             ray.get(ray.get_actor(ACTOR_NAME, NAMESPACE).adapters_open.remote())
@@ -140,6 +148,19 @@ def _application(args: ServerArgs, joined: bool) -> Iterator[ServerArgs]:
         except APIError as error:
             raise StartFailed(str(error)) from None
         yield settle(args)
+
+
+def _take_down() -> None:
+    """The application, and the Serve that was started for it unless others use it now."""
+    from ray import serve
+
+    from deployments.state_actor import forget_state_actor
+
+    forget_state_actor()  # it would ask for its videos again, and find no engine for them
+    serve.delete(APPLICATION)
+    forget_state_actor()  # a replica may have found it gone, and made another one
+    if not serve.status().applications:
+        serve.shutdown()
 
 
 def _start_less_of_ray() -> None:

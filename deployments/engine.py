@@ -19,6 +19,7 @@ from configs.server_args import ServerArgs
 from deployments import log
 from deployments.adapters import LoadedAdapter
 from deployments.clients import StateClient, connect_engine
+from deployments.cluster import APPLICATION
 from deployments.errors import APIError
 from deployments.gang import Gang, GangBroken
 from deployments.metrics import EngineMetrics, Outcome
@@ -43,12 +44,15 @@ class Engine:
     """
 
     async def __init__(self, args: ServerArgs):  # type: ignore[misc] # Serve awaits it
+        context = serve.get_replica_context()
+        if context.app_name != APPLICATION:
+            raise ValueError(f"the Serve application has to be named '{APPLICATION}', not '{context.app_name}'")
         log.configure(args, "engine")
         self.args = args
         self.gang = Gang(args, get_current_placement_group())
         self.recovery = Recovery(self.gang)
         self.state = StateClient(partial(state_actor, args, connect_engine))
-        self.replica_id = serve.get_replica_context().replica_id.unique_id
+        self.replica_id = context.replica_id.unique_id
         self.schedule = Schedule(args.max_queue, preemption=not args.no_preemption)
         self.running: Ticket | None = None
         self.metrics = EngineMetrics()

@@ -11,6 +11,7 @@ import pytest
 
 from configs.server_args import ServerArgs
 from deployments import engine as engine_module
+from deployments.cluster import APPLICATION
 from deployments.engine import Engine
 from deployments.errors import APIError
 from deployments.gang import GangBroken
@@ -74,14 +75,17 @@ class NoMetrics:
         return SimpleNamespace(inc=lambda *_: None) if name.endswith("s") and name != "steps" else lambda *_: None
 
 
+def in_application(name: str) -> SimpleNamespace:
+    return SimpleNamespace(app_name=name, replica_id=SimpleNamespace(unique_id="one"))
+
+
 @pytest.fixture
 async def engine(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
     monkeypatch.setattr(engine_module, "Gang", StepwiseGang)
     monkeypatch.setattr(engine_module, "EngineMetrics", NoMetrics)
     monkeypatch.setattr(engine_module, "StateClient", lambda find: SilentState())
     monkeypatch.setattr(engine_module, "get_current_placement_group", lambda: None)
-    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="one"))
-    monkeypatch.setattr(engine_module.serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr(engine_module.serve, "get_replica_context", lambda: in_application(APPLICATION))
     engine = Engine.__new__(Engine)
     await engine.__init__(ServerArgs())  # type: ignore[misc]
     yield engine
@@ -112,6 +116,13 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
         while not condition():
             await asyncio.sleep(0)
+
+
+async def test_an_application_of_another_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state actor would not find its engine."""
+    monkeypatch.setattr(engine_module.serve, "get_replica_context", lambda: in_application("wan"))
+    with pytest.raises(ValueError, match="named 'ditserve', not 'wan'"):
+        await Engine.__new__(Engine).__init__(ServerArgs())  # type: ignore[misc]
 
 
 async def test_a_job_that_is_asked_for_again_ends_for_who_asked_before(engine: Engine) -> None:

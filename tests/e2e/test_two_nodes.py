@@ -100,6 +100,14 @@ def content(host: Host, video_id: str) -> bytes:
     return answer
 
 
+def start_another(host: Host, cluster: str) -> subprocess.CompletedProcess[str]:
+    """A second server on the same cluster, which would take the place of the first."""
+    command = [sys.executable, "-m", "deployments.cli", "serve", "--port", str(PORT + 1)]
+    environment = {**os.environ, "RAY_ADDRESS": cluster, "RAY_AUTH_MODE": "disabled", MARK: host.address}
+    command = host.command(*command)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=START_SECONDS)
+
+
 @pytest.mark.skipif(not can_be_made(), reason="this machine does not let its users make network namespaces")
 def test_a_gang_spans_two_nodes_and_survives_the_loss_of_one_once_there_is_another(tmp_path: Path) -> None:
     head_flags = ("--head", "--port", str(RAY_PORT), "--include-dashboard", "false")
@@ -127,6 +135,9 @@ def test_a_gang_spans_two_nodes_and_survives_the_loss_of_one_once_there_is_anoth
             environment={"RAY_ADDRESS": cluster},
         ):
             assert (ranks(first), ranks(second)) == (1, 1)
+            refused = start_another(second, cluster)
+            assert refused.returncode == 1
+            assert "Serve runs on this cluster already" in refused.stderr
 
             assert picture(first) == picture(second)
             undisturbed = create_video(first)
@@ -145,3 +156,4 @@ def test_a_gang_spans_two_nodes_and_survives_the_loss_of_one_once_there_is_anoth
             wait_for(second, "/ready", "status", "ready")
             assert (ranks(first), ranks(second)) == (1, 1)
             assert content(first, disturbed) == content(second, disturbed) == expected
+        assert processes(first, "ray::") == []
