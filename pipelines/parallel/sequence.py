@@ -41,7 +41,7 @@ def shard_sequence(transformer: nn.Module, mesh: Mesh) -> None:
         sequences = {names: ShardedSequence(mesh, names) for names in streams}
         for pattern, splits in region.splits.items():
             for module in _modules(transformer, pattern):
-                _hook(module, Split(module, splits, sequences.values(), mesh), f"split {index} {pattern}")
+                _hook(module, Split(module, splits, tuple(sequences.values()), mesh), f"split {index} {pattern}")
         for pattern, gather in region.gathers.items():
             for module in _modules(transformer, pattern):
                 _hook(module, Gather(gather.gather_dim, sequences[(region.output,)]), f"gather {index} {pattern}")

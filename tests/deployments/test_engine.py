@@ -27,7 +27,8 @@ class StepwiseGang:
         self.composition = ()
         self.is_lost = False
         self.began: list[str] = []
-        self.breaks_under: str | None = None
+        self.breaks_under: list[str] = []
+        """Jobs under which it breaks, each time they are named here."""
         self._orders: dict[str, type[Exception]] = {}
         self._steps = asyncio.Semaphore(0)
 
@@ -48,11 +49,12 @@ class StepwiseGang:
         self._orders[job_id] = Suspended
 
     def kill(self) -> None:
-        self.breaks_under = None
+        """There is nothing to kill."""
 
     async def run(self, job: Job, media: Media, progress: bool) -> AsyncIterator[Event]:
         self.began.append(job.id)
-        if job.id == self.breaks_under:
+        if job.id in self.breaks_under:
+            self.breaks_under.remove(job.id)
             raise GangBroken("rank 0 died")
         for step in range(job.num_inference_steps):
             await self._steps.acquire()
@@ -175,17 +177,26 @@ async def test_an_order_that_comes_late_loses_no_job(engine: Engine) -> None:
 
 
 async def test_each_break_under_a_video_is_an_attempt_of_its_own(engine: Engine) -> None:
-    engine.gang.breaks_under = "video_1"
+    engine.gang.breaks_under = ["video_1"]
     asked = asked_for(engine)
     engine.gang.allow(5)
     assert steps_of(await asyncio.wait_for(asked, 5)) == [0, 0, 1, 2, 3, 4]
+
+
+async def test_a_picture_that_breaks_its_gang_twice_is_given_up_with_the_reason(engine: Engine) -> None:
+    engine.gang.breaks_under = 2 * [PICTURE.id]
+    with pytest.raises(APIError, match="broke its workers 2 times: rank 0 died") as given_up:
+        await asyncio.wait_for(anext(engine.generate(PICTURE, {}, False)), 5)
+    assert (given_up.value.status, given_up.value.code) == (500, "worker_failed")
+    engine.gang.allow(5)
+    await asyncio.wait_for(anext(engine.generate(PICTURE, {}, False)), 5)
 
 
 async def test_a_video_that_gave_way_pays_no_attempt_for_a_break_under_the_picture(engine: Engine) -> None:
     gang = engine.gang
     video = asked_for(engine)
     await until(lambda: gang.began == ["video_1"])
-    gang.breaks_under = PICTURE.id
+    gang.breaks_under = [PICTURE.id]
     picture = asyncio.create_task(anext(engine.generate(PICTURE, {}, False)))
     gang.allow(10)
     assert steps_of(await asyncio.wait_for(video, 5)) == [0, 1, 2, 3, 4]

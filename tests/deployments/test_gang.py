@@ -335,20 +335,20 @@ async def test_ranks_that_cannot_load_for_now_break_the_gang(gang: Gang, monkeyp
     monkeypatch.setattr(gang_module, "Rank", UnluckyRank)
     with pytest.raises(GangBroken, match="could not load the model: RuntimeError: CUDA out of memory"):
         await gang.start()
-    assert not gang.loaded
     monkeypatch.undo()
+    await waits_for_its_ranks_with_nobody_to_tell_and_nobody_to_ask(gang)
     await heals(gang)
 
 
-async def test_a_gang_that_waits_for_its_ranks_has_nobody_to_tell_and_nobody_to_ask(gang: Gang) -> None:
+async def waits_for_its_ranks_with_nobody_to_tell_and_nobody_to_ask(gang: Gang) -> None:
     gang.kill()
+    assert not gang.loaded
     for order in (gang.stop, gang.suspend, gang.discard):
         order("a job")
     for question in (gang.identify_lora("a"), gang.load_lora("a"), gang.lora_bytes_held()):
         with pytest.raises(APIError) as refused:
             await question
         assert (refused.value.status, refused.value.code) == (503, "not_ready")
-    await gang.start()
 
 
 async def test_a_rank_that_ray_killed_for_want_of_memory_has_died(gang: Gang, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,18 @@ from pathlib import Path
 import pytest
 from diffusers import WanTransformer3DModel
 
+from deployments.cluster import free_ports
 from pipelines.bundled import model_directory
 from tests import tiny_models
 from tests.e2e.server import FLOAT32, Server, running_server
 from tests.lora.adapters import Trained, save, train, with_prefix
 
 PUBLIC_URL = "https://pictures.example/base/"
+
+TWO_EXPERTS = "wan2.2-t2v"
+MAX_QUEUE = 3
+MAX_RETRIES = 1
+"""Of `gang_of_two`."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,6 +42,23 @@ def painter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("painter")
     model = tiny_models.save("flux1", folder)
     with running_server(folder, "--model-path", str(model), "--public-url", PUBLIC_URL) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def metrics_port() -> int:
+    (port,) = free_ports(1)
+    return port
+
+
+@pytest.fixture(scope="package")
+def gang_of_two(tmp_path_factory: pytest.TempPathFactory, metrics_port: int) -> Iterator[Server]:
+    """A tiny Wan 2.2, whose two experts do the early and the late steps, on two ranks behind a short queue."""
+    folder = tmp_path_factory.mktemp("gang_of_two")
+    model = tiny_models.save(TWO_EXPERTS, folder)
+    limits = ("--max-queue", str(MAX_QUEUE), "--max-retries", str(MAX_RETRIES))
+    flags = ("--model-path", str(model), "--num-gpus", "2", *limits, "--metrics-port", str(metrics_port))
+    with running_server(folder, *flags) as running:
         yield running
 
 

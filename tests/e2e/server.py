@@ -134,7 +134,7 @@ def marked_processes(mark: str, title: str = "") -> list[psutil.Process]:
 
 @contextmanager
 def running_server(folder: Path, *flags: str) -> Iterator[Server]:
-    """Start `ditserve serve` with `flags`, wait for its ready line, and end it with SIGTERM.
+    """Start `ditserve serve` with `flags`, wait for its ready line, and end it with SIGTERM, on which it must end well.
 
     A second server over the same folder goes on with the state of the first.
     """
@@ -143,6 +143,8 @@ def running_server(folder: Path, *flags: str) -> Iterator[Server]:
     command += ["--output-path", str(folder / "outputs"), "--state-path", str(folder / "jobs.sqlite3"), *flags]
     with running(command, port, folder, lambda server: "ditserve is ready" in server.log.read_text()) as server:
         yield server
+        if server.process.poll() is None:
+            assert server.stop() == 0, server.log.read_text()
 
 
 @contextmanager

@@ -269,6 +269,7 @@ def test_a_file_that_has_changed_is_loaded_again_and_the_answer_says_so(four_ran
 
 
 def test_adapters_outlive_the_ranks_and_their_files(four_ranks: Server, folder: Path, base: bytes) -> None:
+    """A gang that is idle when one of its ranks is killed is whole again for the next request."""
     shutil.copy(folder / "other.safetensors", folder / "gone.safetensors")
     set_lora(four_ranks, "kept", "gone.safetensors")
     with_kept = four_ranks.picture(**SEED)
@@ -277,6 +278,7 @@ def test_adapters_outlive_the_ranks_and_their_files(four_ranks: Server, folder: 
     assert four_ranks.picture(**SEED) == with_kept
     assert four_ranks.picture(**SEED, lora=[]) == base
     assert four_ranks.picture(**SEED, lora="kept") == with_kept
+    assert four_ranks.http.get("/ready").status_code == 200
 
 
 def test_a_rank_that_dies_while_an_adapter_is_set_leaves_no_rank_different_and_no_one_waiting(
