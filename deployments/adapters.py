@@ -186,7 +186,6 @@ class AdapterRegistry:
                 f"this one: POST /v1/unmerge_lora_weights if it is merged, then DELETE /v1/loras/{request.nickname}.",
                 param="lora_nickname",
                 code="lora_nickname_in_use",
-                headers={"x-should-retry": "false"},
             )
 
     # What is known of the loaded ones.

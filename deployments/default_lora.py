@@ -195,7 +195,6 @@ class DefaultLoRA:
             409,
             f"LoRA {names} is merged. Call POST /v1/unmerge_lora_weights first.",
             code="lora_merged",
-            headers={"x-should-retry": "false"},
         )
 
     async def _merge(self, composition: Composition) -> None:
