@@ -16,11 +16,10 @@ from starlette.types import ASGIApp
 from configs.server_args import ServerArgs
 from deployments import log
 from deployments.clients import EngineClient, StateClient, connect_engine
-from deployments.cluster import APPLICATION
 from deployments.engine import Engine
 from deployments.ingress import create_app
 from deployments.keys import Keyring
-from deployments.state_actor import forget_state_actor, renew_state_actor, state_actor
+from deployments.state_actor import renew_state_actor, state_actor
 
 ENGINE_CPUS = 0.1
 """CPUs the engine replica reserves: it only waits for its ranks."""
@@ -51,18 +50,10 @@ def build(args: ServerArgs) -> Application:
     """
     keyring = Keyring.read(args)
     args = settle(args).model_copy(update={"api_key": (), "admin_api_key": ()})
-    if not is_deployed():
-        forget_state_actor()  # it belonged to a Serve that was shut down since, and would look for its engine there
     renew_state_actor(args, connect_engine)
     engine = serve.deployment(Engine, name="Engine", **engine_options(args)).bind(args)
     ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress", **ingress_options())
     return ingress.bind(args, engine, keyring)
-
-
-def is_deployed() -> bool:
-    """Whether the Serve that runs has the application already, and is told to change it."""
-    application = serve.status().applications.get(APPLICATION)
-    return application is not None and bool(application.deployments)
 
 
 def settle(args: ServerArgs) -> ServerArgs:

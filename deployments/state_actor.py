@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import ray
 from ray.actor import ActorHandle
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from configs.server_args import ServerArgs
 from deployments import log
@@ -40,11 +41,22 @@ class StateProcess(State):
 
     def __init__(self, args: ServerArgs, engine: Callable[[], ServedEngine]):
         log.configure(args, "state")
+        self._serve = running_serve()
         super().__init__(args, engine)
 
     async def serves(self, args: ServerArgs) -> bool:
-        """Whether it would be the same with these arguments."""
-        return all(getattr(args, name) == getattr(self._args, name) for name in SETTINGS)
+        """Whether it would be the same with these arguments, and finds its engine in the Serve that runs now: a handle
+        of one that was shut down waits for replicas without end."""
+        same = all(getattr(args, name) == getattr(self._args, name) for name in SETTINGS)
+        return same and self._serve == running_serve()
+
+
+def running_serve() -> str | None:
+    """Which Serve runs on this cluster, if one does: its controller's id, which it keeps when it is restarted."""
+    try:
+        return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)._actor_id.hex()
+    except ValueError:
+        return None
 
 
 def state_actor(args: ServerArgs, engine: Callable[[], ServedEngine]) -> ActorHandle:
@@ -69,8 +81,8 @@ def state_actor(args: ServerArgs, engine: Callable[[], ServedEngine]) -> ActorHa
 
 
 def renew_state_actor(args: ServerArgs, engine: Callable[[], ServedEngine]) -> None:
-    """Put one with these arguments in the place of a living one with others, which would keep them for ever: its
-    replicas come and go, it stays. What it knows is on the disk."""
+    """Put one with these arguments in the place of a living one with others, or of another Serve's, which would stay as
+    it is for ever: its replicas come and go. What it knows is on the disk."""
     with suppress(ValueError, *PROCESS_LOST):  # there is none, or it can't live with its own arguments
         while not ray.get(ray.get_actor(ACTOR_NAME, namespace=NAMESPACE).serves.remote(args)):
             forget_state_actor()
