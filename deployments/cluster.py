@@ -101,6 +101,7 @@ def _ray(args: ServerArgs, environment: Mapping[str, str], joined: bool) -> Iter
 
     _start_less_of_ray()
     local_cluster = {
+        "address": "local",  # else Ray joins one that `ray start` has left on this machine
         "num_cpus": _cpus_to_offer(args),
         "include_dashboard": False,
         "_metrics_export_port": args.metrics_port,

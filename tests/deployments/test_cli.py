@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -133,11 +134,15 @@ def test_the_ready_line_says_what_computes(flags: dict[str, Any], ranks: str) ->
 
 @pytest.mark.e2e
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(tmp_path: Path) -> None:
+    """Also beside a cluster of somebody else's `ray start`, which it was not told to join."""
     (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
     command = [sys.executable, "-m", "deployments.cli", "serve", "--port", str(*free_ports(1))]
     command += ["--model-path", str(tmp_path), "--state-path", str(tmp_path / "jobs.sqlite3")]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
+    with TemporaryDirectory(prefix="ray-") as folder:  # the path of a socket has room for 107 characters
+        Path(folder, "ray").mkdir()
+        Path(folder, "ray", "ray_current_cluster").write_text("127.0.0.1:1")
+        environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder}
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
     assert finished.returncode == 1
     assert "NoSuchPipeline" in finished.stderr.splitlines()[-1]
     assert "Traceback" not in finished.stderr
