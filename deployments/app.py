@@ -49,7 +49,7 @@ def build(args: ServerArgs) -> Application:
     API keys end here: the rest of the server is given their digests.
     """
     keyring = Keyring.read(args)
-    args = settle(args).model_copy(update={"api_key": (), "admin_api_key": ()})
+    args = settle(args)
     renew_state_actor(args, connect_engine)
     engine = serve.deployment(Engine, name="Engine", **engine_options(args)).bind(args)
     ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress", **ingress_options())
@@ -57,12 +57,12 @@ def build(args: ServerArgs) -> Application:
 
 
 def settle(args: ServerArgs) -> ServerArgs:
-    """Decide what depends on this cluster: the device, and where relative paths start."""
+    """Decide what depends on this cluster: the device, and where relative paths start. API keys are left out."""
     device = args.device
     if device == "auto":
         device = "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
     local = {name: str(Path(path).absolute()) for name, path in _local_paths(args).items()}
-    return args.model_copy(update={"device": device, **local})
+    return args.model_copy(update={"device": device, "api_key": (), "admin_api_key": (), **local})
 
 
 def _local_paths(args: ServerArgs) -> dict[str, str]:

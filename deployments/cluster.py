@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import socket
+import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,8 @@ from typing import Any
 
 from configs.server_args import ServerArgs
 from deployments.errors import APIError
+from deployments.jobs import JobStore
+from deployments.storage import Storage
 
 APPLICATION = "ditserve"
 """Name of the Serve application, by which the state actor finds the engine: there is one on a cluster."""
@@ -53,6 +56,9 @@ UNUSED_RAY_PROCESSES = ("api_server", "monitor", "log_monitor")
 for usage statistics), the autoscaler of a cluster that has one machine, and what copies the logs of workers to a driver
 that does not want them. They take 180 MB and 4 s of CPU at each start: 8 s instead of 14 on two busy cores."""
 
+START_KEY = "start"
+"""Of the file that tries whether outputs can be written."""
+
 PRIVATE_PORTS = range(20000, 30000)
 """Where a server's private ports are chosen from. Systems give those above (Linux: from 32768) to outgoing connections,
 so that one found free might be taken when HAProxy comes to listen on it; Ray's workers have those below."""
@@ -77,10 +83,12 @@ def served(args: ServerArgs) -> Iterator[ServerArgs]:
     Gives the arguments with what was decided on that cluster: the device.
 
     Raises:
-        StartFailed: the port is taken, or the model cannot be loaded.
+        StartFailed: the port is taken, the state is in use, or the model cannot be loaded.
     """
     check_port(args.host, args.port)
     joined = bool(os.environ.get("RAY_ADDRESS"))
+    if not joined:  # else both are on the head node, and the state actor finds out
+        check_state(args)
     with (
         tempfile.TemporaryDirectory(prefix="ditserve-") as folder,
         _ray(args, private_proxy_environment(folder), joined),
@@ -135,20 +143,25 @@ def _application(args: ServerArgs, joined: bool) -> Iterator[ServerArgs]:
     from ray import serve
 
     from deployments.app import build, settle
-    from deployments.state_actor import ACTOR_NAME, NAMESPACE
+    from deployments.clients import connect_engine
+    from deployments.losses import PROCESS_LOST
+    from deployments.state_actor import state_actor
 
+    settled = settle(args)
     with ExitStack() as undo:
         if joined:
             undo.callback(_take_down)
         try:
             serve.run(build(args), name=APPLICATION, route_prefix="/")
-            ray.get(ray.get_actor(ACTOR_NAME, NAMESPACE).adapters_open.remote())
+            ray.get(state_actor(settled, connect_engine).adapters_open.remote())
         except RuntimeError as error:
             deployments = serve.status().applications[APPLICATION].deployments.values()
             raise StartFailed(_reason([str(error), *(deployment.message for deployment in deployments)])) from None
         except APIError as error:
             raise StartFailed(str(error)) from None
-        yield settle(args)
+        except PROCESS_LOST as error:  # the state actor can't live with its files
+            raise StartFailed(_reason([str(error)])) from None
+        yield settled
 
 
 def _take_down() -> None:
@@ -200,6 +213,17 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise StartFailed(f"cannot listen on {host}:{port}: {error.strerror}") from None
+
+
+def check_state(args: ServerArgs) -> None:
+    """Raise `StartFailed` unless the state can be opened, by this server alone, and outputs can be written."""
+    try:
+        JobStore(args.state_path).close()
+        storage = Storage(args.output_path)
+        storage.put(START_KEY, b"")
+        storage.delete(START_KEY)
+    except (OSError, RuntimeError, sqlite3.Error) as error:
+        raise StartFailed(f"cannot keep the state: {error}") from None
 
 
 def private_proxy_environment(folder: str) -> dict[str, str]:

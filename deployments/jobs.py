@@ -50,15 +50,21 @@ class JobStore:
             ttl_s: how long finished videos are kept, to be told to clients.
 
         Raises:
-            sqlite3.OperationalError: another process has the file open.
-            RuntimeError: a newer version of the server wrote it.
+            RuntimeError: another process has the file open, or a newer version of the server wrote it.
         """
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self._connection = sqlite3.connect(path, timeout=_LOCK_TIMEOUT_S, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
         # Set before WAL, an exclusive lock also spares the shared memory file, which network filesystems lack.
         self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-        self._connection.execute("PRAGMA journal_mode = WAL")
+        try:
+            self._connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                raise
+            raise RuntimeError(
+                f"'{path}' is in use by another server: each needs a --state-path and an --output-path of its own"
+            ) from None
         self._connection.execute("PRAGMA synchronous = FULL")
         migrate(self._connection)
         self._ttl_s = ttl_s

@@ -46,7 +46,7 @@ class TestTheFile:
 
     def test_is_of_one_process_alone(self, store: JobStore, path: str, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(jobs, "_LOCK_TIMEOUT_S", 0.1)
-        with pytest.raises(sqlite3.OperationalError, match="locked"):
+        with pytest.raises(RuntimeError, match="in use by another server"):
             JobStore(path)
         store.create(a_job("video_1"), "wan", None, ())
 
