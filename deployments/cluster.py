@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import socket
-import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,8 +16,7 @@ from typing import Any
 
 from configs.server_args import ServerArgs
 from deployments.errors import APIError
-from deployments.jobs import JobStore
-from deployments.storage import Storage
+from deployments.preconditions import StartFailed, demand_no_serve, demand_port, demand_resources, demand_state
 
 APPLICATION = "ditserve"
 """Name of the Serve application, by which the state actor finds the engine: there is one on a cluster."""
@@ -56,24 +54,9 @@ UNUSED_RAY_PROCESSES = ("api_server", "monitor", "log_monitor")
 for usage statistics), the autoscaler of a cluster that has one machine, and what copies the logs of workers to a driver
 that does not want them. They take 180 MB and 4 s of CPU at each start: 8 s instead of 14 on two busy cores."""
 
-START_KEY = "start"
-"""Of the file that tries whether outputs can be written."""
-
 PRIVATE_PORTS = range(20000, 30000)
 """Where a server's private ports are chosen from. Systems give those above (Linux: from 32768) to outgoing connections,
 so that one found free might be taken when HAProxy comes to listen on it; Ray's workers have those below."""
-
-
-SERVE_RUNS_ALREADY = (
-    "Serve runs on this cluster already, with the port and the applications it has. To add or change a server there,"
-    " run `serve deploy` with the YAML that --print-config prints; `serve shutdown` ends it."
-)
-"""Serve takes its port and its environment once, when it starts, and a second application of our name would replace the
-first."""
-
-
-class StartFailed(Exception):
-    """The server cannot start; the message is the reason, for the user."""
 
 
 @contextmanager
@@ -83,12 +66,12 @@ def served(args: ServerArgs) -> Iterator[ServerArgs]:
     Gives the arguments with what was decided on that cluster: the device.
 
     Raises:
-        StartFailed: the port is taken, the state is in use, or the model cannot be loaded.
+        StartFailed: a precondition does not hold, or the model cannot be loaded.
     """
-    check_port(args.host, args.port)
+    demand_port(args.host, args.port)
     joined = bool(os.environ.get("RAY_ADDRESS"))
     if not joined:  # else both are on the head node, and the state actor finds out
-        check_state(args)
+        demand_state(args)
     with (
         tempfile.TemporaryDirectory(prefix="ditserve-") as folder,
         _ray(args, private_proxy_environment(folder), joined),
@@ -122,8 +105,8 @@ def _ray(args: ServerArgs, environment: Mapping[str, str], joined: bool) -> Iter
     for number, handler in handlers.items():  # Ray has put its own in their place
         signal.signal(number, handler)
     try:
-        if joined and (there := serve.status()) and (there.applications or there.proxies):
-            raise StartFailed(SERVE_RUNS_ALREADY)
+        if joined:
+            demand_no_serve()
         serve.start(
             proxy_location="EveryNode" if joined else "HeadOnly",
             http_options=http_options(args),
@@ -148,6 +131,7 @@ def _application(args: ServerArgs, joined: bool) -> Iterator[ServerArgs]:
     from deployments.state_actor import state_actor
 
     settled = settle(args)
+    demand_resources(settled, may_come=joined)
     with ExitStack() as undo:
         if joined:
             undo.callback(_take_down)
@@ -203,27 +187,6 @@ def http_options(args: ServerArgs) -> dict[str, Any]:
 def logging_config(args: ServerArgs) -> dict[str, Any]:
     """How Serve's own processes log. The ingress has a log of requests of its own."""
     return {"log_level": args.log_level.upper(), "encoding": args.log_format.upper(), "enable_access_log": False}
-
-
-def check_port(host: str, port: int) -> None:
-    """Raise `StartFailed` unless the port can be bound: Serve's proxies share a taken one without a word."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise StartFailed(f"cannot listen on {host}:{port}: {error.strerror}") from None
-
-
-def check_state(args: ServerArgs) -> None:
-    """Raise `StartFailed` unless the state can be opened, by this server alone, and outputs can be written."""
-    try:
-        JobStore(args.state_path).close()
-        storage = Storage(args.output_path)
-        storage.put(START_KEY, b"")
-        storage.delete(START_KEY)
-    except (OSError, RuntimeError, sqlite3.Error) as error:
-        raise StartFailed(f"cannot keep the state: {error}") from None
 
 
 def private_proxy_environment(folder: str) -> dict[str, str]:

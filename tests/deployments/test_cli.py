@@ -1,11 +1,8 @@
 """The command line's flags, refusals and printed configuration. What it serves is tested in tests/e2e."""
 
 import os
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,10 +12,8 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from configs.server_args import ServerArgs
-from deployments import jobs
 from deployments.cli import main, ready_line
 from deployments.cluster import free_ports
-from deployments.jobs import JobStore
 
 DOCUMENTED_COMMAND = (
     "serve --text-encoder-cpu-offload --pin-cpu-memory --num-gpus 4 --ulysses-degree=2 --ring-degree=2 --port 30010"
@@ -106,46 +101,6 @@ def test_an_unknown_flag_or_value_ends_with_status_2(flags: list[str]) -> None:
 def test_a_key_is_not_repeated_by_its_refusal(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--api-key", "two words"]) == 2
     assert "two words" not in capsys.readouterr().err
-
-
-@pytest.fixture
-def taken_port() -> Iterator[int]:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        holder.listen()
-        yield holder.getsockname()[1]
-
-
-def test_a_taken_port_is_reported_before_anything_starts(taken_port: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "--port", str(taken_port)]) == 1
-    assert f"cannot listen on 127.0.0.1:{taken_port}: Address already in use" in capsys.readouterr().err
-
-
-def test_a_state_of_another_server_is_reported_before_anything_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(jobs, "_LOCK_TIMEOUT_S", 0.1)
-    path = str(tmp_path / "jobs.sqlite3")
-    with closing(JobStore(path)):
-        assert main(["serve", "--port", str(*free_ports(1)), "--state-path", path]) == 1
-    assert capsys.readouterr().err == (
-        f"ditserve: cannot keep the state: '{path}' is in use by another server: each needs a --state-path and an "
-        "--output-path of its own\n"
-    )
-
-
-@pytest.mark.parametrize("flag", ["--state-path", "--output-path"])
-def test_a_place_that_cannot_be_written_is_reported_before_anything_starts(
-    tmp_path: Path, flag: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").touch()
-    paths = {"--state-path": str(tmp_path / "jobs"), "--output-path": str(tmp_path / "outputs")}
-    paths[flag] = str(tmp_path / "file" / "below")
-    flags = [text for pair in paths.items() for text in pair]
-    assert main(["serve", "--port", str(*free_ports(1)), *flags]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("ditserve: cannot keep the state: ")
-    assert str(tmp_path / "file") in error
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""What must hold before the server starts, each with the reason that the user is given where it does not."""
+
+from __future__ import annotations
+
+import socket
+import sqlite3
+from collections import Counter
+
+from configs.server_args import ServerArgs
+from deployments.jobs import JobStore
+from deployments.storage import Storage
+
+START_KEY = "start"
+"""Of the file that tries whether outputs can be written."""
+
+SERVE_RUNS_ALREADY = (
+    "Serve runs on this cluster already, with the port and the applications it has. To add or change a server there,"
+    " run `serve deploy` with the YAML that --print-config prints; `serve shutdown` ends it."
+)
+"""Serve takes its port and its environment once, when it starts, and a second application of our name would replace the
+first."""
+
+
+class StartFailed(Exception):
+    """The server cannot start; the message is the reason, for the user."""
+
+
+def demand_port(host: str, port: int) -> None:
+    """Raise `StartFailed` unless the port can be bound: Serve's proxies share a taken one without a word."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StartFailed(f"cannot listen on {host}:{port}: {error.strerror}") from None
+
+
+def demand_state(args: ServerArgs) -> None:
+    """Raise `StartFailed` unless the state can be opened, by this server alone, and outputs can be written."""
+    try:
+        JobStore(args.state_path).close()
+        storage = Storage(args.output_path)
+        storage.put(START_KEY, b"")
+        storage.delete(START_KEY)
+    except (OSError, RuntimeError, ImportError, ValueError, sqlite3.Error) as error:
+        raise StartFailed(f"cannot keep the state: {error}") from None
+
+
+def demand_no_serve() -> None:
+    """Raise `StartFailed` where a Serve runs on the cluster that was joined."""
+    from ray import serve
+
+    there = serve.status()
+    if there.applications or there.proxies:
+        raise StartFailed(SERVE_RUNS_ALREADY)
+
+
+def demand_resources(args: ServerArgs, *, may_come: bool) -> None:
+    """Raise `StartFailed` where the cluster has too few GPUs or CPUs for the engine, which would wait for them without
+    a word. Where they `may_come`, with further nodes, say what it waits for."""
+    import ray
+
+    from deployments.app import engine_options
+
+    wanted = Counter[str]()
+    for bundle in args.dp_size * engine_options(args)["placement_group_bundles"]:
+        wanted.update(bundle)
+    present = ray.cluster_resources()
+    missing = [
+        f"{amount:g} {kind} (there are {present.get(kind, 0):g})"
+        for kind, amount in wanted.items()
+        if amount > present.get(kind, 0)
+    ]
+    if missing and may_come:
+        print(f"ditserve waits for {' and '.join(missing)}", flush=True)
+    elif missing:
+        raise StartFailed(f"the ranks need {' and '.join(missing)}")
