@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, get_args, get_origin
@@ -26,14 +27,15 @@ from deployments.preconditions import StartFailed
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and give its exit status: 0 done, 1 failed, 2 wrongly called."""
     parser = argparse.ArgumentParser(prog="ditserve", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"ditserve {version('ditserve')}")
     commands = parser.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", help="start the server", formatter_class=_Formatter)
+    # No flag may be abbreviated: a misspelt one would be taken for another.
+    settings: dict[str, Any] = {"formatter_class": _Formatter, "allow_abbrev": False}
+    serve = commands.add_parser("serve", help="start the server", **settings)
     add_flags(serve)
     serve.add_argument("--print-config", action="store_true", help="print the equivalent serve_config.yaml and exit")
     serve.set_defaults(run=_serve)
-    generate = commands.add_parser(
-        "generate", help="make a picture or a clip without a server", formatter_class=_Formatter
-    )
+    generate = commands.add_parser("generate", help="make a picture or a clip without a server", **settings)
     add_flags(generate, only=MODEL_FIELDS)
     for name in SAMPLING_FIELDS:
         described = VideoRequest.model_fields[name].description

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -90,12 +91,26 @@ def test_a_wrong_value_is_refused_by_its_flag(
 
 
 @pytest.mark.parametrize(
-    "flags", [["--tp-size", "2"], ["--num-gpus", "many"], ["--dtype", "fp8"], ["--vae-cpu-offload", "perhaps"]]
+    "flags",
+    [
+        ["--tp-size", "2"],
+        ["--num-gpu", "2"],
+        ["--num-gpus", "many"],
+        ["--dtype", "fp8"],
+        ["--vae-cpu-offload", "perhaps"],
+    ],
 )
 def test_an_unknown_flag_or_value_ends_with_status_2(flags: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["serve", *flags])
     assert exit_.value.code == 2
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"ditserve {version('ditserve')}\n"
 
 
 def test_a_key_is_not_repeated_by_its_refusal(capsys: pytest.CaptureFixture[str]) -> None:
