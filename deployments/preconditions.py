@@ -13,13 +13,6 @@ from deployments.storage import Storage
 START_KEY = "start"
 """Of the file that tries whether outputs can be written."""
 
-SERVE_RUNS_ALREADY = (
-    "Serve runs on this cluster already, with the port and the applications it has. To add or change a server there,"
-    " run `serve deploy` with the YAML that --print-config prints; `serve shutdown` ends it."
-)
-"""Serve takes its port and its environment once, when it starts, and a second application of our name would replace the
-first."""
-
 
 class StartFailed(Exception):
     """The server cannot start; the message is the reason, for the user."""
@@ -47,12 +40,16 @@ def demand_state(args: ServerArgs) -> None:
 
 
 def demand_no_serve() -> None:
-    """Raise `StartFailed` where a Serve runs on the cluster that was joined."""
+    """Raise `StartFailed` where a Serve runs on the cluster that was joined: it took its port and its environment when
+    it started, and a second application of our name would replace the first."""
     from ray import serve
 
     there = serve.status()
     if there.applications or there.proxies:
-        raise StartFailed(SERVE_RUNS_ALREADY)
+        raise StartFailed(
+            "Serve runs on this cluster already, with the port and the applications it has. To add or change a server"
+            " there, run `serve deploy` with the YAML that --print-config prints; `serve shutdown` ends it."
+        )
 
 
 def demand_resources(args: ServerArgs, *, may_come: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
@@ -14,11 +13,12 @@ from ray.actor import ActorHandle
 
 from configs.server_args import ServerArgs
 from deployments.app import build
-from deployments.clients import connect_engine
+from deployments.clients import StateClient, connect_engine
 from deployments.cluster import APPLICATION
 from deployments.interfaces import VideoStatus
 from deployments.state_actor import forget_state_actor, state_actor
-from pipelines.job import Event, Job, Media, Output, Progress, Result, Task
+from pipelines.job import Event, Job, Media, Output, Progress, Result
+from tests.deployments.state.videos import INPUTS, a_job, finished
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -47,12 +47,10 @@ def args(tmp_path: Path) -> Iterator[ServerArgs]:
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
-async def compute(state: ActorHandle, video_id: str) -> None:
-    job = Job(id=video_id, task=Task.TEXT_TO_VIDEO, prompt="", width=64, height=64, num_inference_steps=1, seeds=(1,))
-    await state.create_video.remote(job, {}, "model")
-    async with asyncio.timeout(30):
-        while (await state.get_video.remote(video_id)).status is not VideoStatus.COMPLETED:
-            await asyncio.sleep(0.02)
+async def compute(actor: ActorHandle, video_id: str) -> None:
+    state = StateClient(lambda: actor)
+    await state.create_video(a_job(video_id), INPUTS, "model")
+    assert (await finished(state, video_id)).status is VideoStatus.COMPLETED
 
 
 async def test_a_state_actor_stays_as_long_as_its_serve(args: ServerArgs) -> None:

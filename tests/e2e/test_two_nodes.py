@@ -24,15 +24,19 @@ PORT = 30000
 """Both are the hosts' own: no other test can take them."""
 
 
+def environment(host: Host) -> dict[str, str]:
+    """Of what is started on `host`."""
+    return {**os.environ, "RAY_AUTH_MODE": "disabled", MARK: host.address}
+
+
 @contextmanager
 def ray_node(host: Host, folder: Path, *flags: str) -> Iterator[None]:
     """A Ray node on `host`; at the end every one of its processes is killed at once, as when a machine is lost."""
     log = folder / f"node-{host.address}.log"
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", MARK: host.address}
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--node-ip-address", host.address]
     command += ["--num-cpus", "1", "--disable-usage-stats", "--block", *flags]
     with log.open("ab") as output:
-        node = subprocess.Popen(host.command(*command), stdout=output, stderr=output, env=environment)
+        node = subprocess.Popen(host.command(*command), stdout=output, stderr=output, env=environment(host))
     try:
         deadline = time.monotonic() + START_SECONDS
         while "Ray runtime started" not in log.read_text():
@@ -103,9 +107,8 @@ def content(host: Host, video_id: str) -> bytes:
 def start_another(host: Host, cluster: str) -> subprocess.CompletedProcess[str]:
     """A second server on the same cluster, which would take the place of the first."""
     command = [sys.executable, "-m", "deployments.cli", "serve", "--port", str(PORT + 1)]
-    environment = {**os.environ, "RAY_ADDRESS": cluster, "RAY_AUTH_MODE": "disabled", MARK: host.address}
-    command = host.command(*command)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=START_SECONDS)
+    joining = {**environment(host), "RAY_ADDRESS": cluster}
+    return subprocess.run(host.command(*command), env=joining, capture_output=True, text=True, timeout=START_SECONDS)
 
 
 @pytest.mark.skipif(not can_be_made(), reason="this machine does not let its users make network namespaces")

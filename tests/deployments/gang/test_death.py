@@ -15,7 +15,7 @@ from deployments import gang as gang_module
 from deployments.errors import APIError
 from deployments.gang import Gang, GangBroken
 from deployments.rank import Rank
-from pipelines.job import Result
+from pipelines.job import Event, Result
 from tests.deployments.gang.ranks import events_of, job, on
 
 pytestmark = [pytest.mark.gang, pytest.mark.asyncio(loop_scope="package")]
@@ -30,6 +30,7 @@ async def test_ranks_that_cannot_load_for_now_break_the_gang(gang: Gang, monkeyp
     monkeypatch.setattr(gang_module, "Rank", UnluckyRank)
     with pytest.raises(GangBroken, match="could not load the model: RuntimeError: CUDA out of memory"):
         await gang.start()
+    assert not gang.loaded
     monkeypatch.undo()
     await waits_for_its_ranks_with_nobody_to_tell_and_nobody_to_ask(gang)
     await heals(gang)
@@ -37,7 +38,6 @@ async def test_ranks_that_cannot_load_for_now_break_the_gang(gang: Gang, monkeyp
 
 async def waits_for_its_ranks_with_nobody_to_tell_and_nobody_to_ask(gang: Gang) -> None:
     gang.kill()
-    assert not gang.loaded
     for order in (gang.stop, gang.suspend, gang.discard):
         order("a job")
     for question in (gang.identify_lora("a"), gang.load_lora("a"), gang.lora_bytes_held()):
@@ -60,11 +60,17 @@ async def test_a_rank_that_ray_killed_for_want_of_memory_has_died(gang: Gang, mo
         await gang.identify_lora("a")
 
 
-async def test_a_killed_rank_breaks_the_gang_at_once_and_a_restart_heals_it(gang: Gang) -> None:
+async def hit_amid_a_job(gang: Gang, signal_number: int) -> tuple[asyncio.Task[list[Event]], int]:
+    """Send a signal to a rank's process while it computes: the job, and the process."""
     running = asyncio.create_task(events_of(gang, job("doomed", steps=2000)))
     await asyncio.sleep(1)
     victim = await gang.ranks[1].ping.remote()
-    os.kill(victim, signal.SIGKILL)
+    os.kill(victim, signal_number)
+    return running, victim
+
+
+async def test_a_killed_rank_breaks_the_gang_at_once_and_a_restart_heals_it(gang: Gang) -> None:
+    running, _ = await hit_amid_a_job(gang, signal.SIGKILL)
     with pytest.raises(GangBroken, match="died"):
         await asyncio.wait_for(running, timeout=10)
     await heals(gang)
@@ -74,10 +80,7 @@ async def test_a_rank_that_hangs_breaks_the_gang_and_a_restart_heals_it(
     gang: Gang, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gang_module, "HANG_SECONDS", 3.0)
-    running = asyncio.create_task(events_of(gang, job("stuck", steps=2000)))
-    await asyncio.sleep(1)
-    victim = await gang.ranks[1].ping.remote()
-    os.kill(victim, signal.SIGSTOP)
+    running, victim = await hit_amid_a_job(gang, signal.SIGSTOP)
     with pytest.raises(GangBroken, match="not answered"):
         await asyncio.wait_for(running, timeout=15)
     await heals(gang)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from configs.server_args import ServerArgs
+from deployments.clients import StateClient
 from deployments.interfaces import Video, VideoStatus
 from deployments.state import State
 from pipelines.job import Job, Task, content_key
@@ -43,7 +44,7 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def finished(state: State, video_id: str = "video_1") -> Video:
+async def finished(state: State | StateClient, video_id: str = "video_1") -> Video:
     async with asyncio.timeout(20):
         while (video := await state.get_video(video_id)).status in (VideoStatus.QUEUED, VideoStatus.IN_PROGRESS):
             await asyncio.sleep(0.005)
