@@ -3,20 +3,30 @@ deployment."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 
 import ray
+from ray import serve
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from configs.server_args import ServerArgs
 from deployments import log
+from deployments.cluster import APPLICATION
 from deployments.losses import PROCESS_LOST
 from deployments.state import ServedEngine, State
 
+logger = logging.getLogger(__name__)
+
 ACTOR_NAME = "ditserve-state"
 NAMESPACE = "ditserve"
+
+LOOK_SECONDS = 10.0
+"""Between two looks at whether the application is still there."""
 
 SETTINGS = (
     "output_path",
@@ -43,12 +53,33 @@ class StateProcess(State):
         log.configure(args, "state")
         self._serve = running_serve()
         super().__init__(args, engine)
+        if self._serve is not None:
+            self._leaving = asyncio.create_task(self._leave_with_the_application())
 
     async def serves(self, args: ServerArgs) -> bool:
         """Whether it would be the same with these arguments, and finds its engine in the Serve that runs now: a handle
         of one that was shut down waits for replicas without end."""
         same = all(getattr(args, name) == getattr(self._args, name) for name in SETTINGS)
         return same and self._serve == running_serve()
+
+    async def _leave_with_the_application(self) -> None:
+        """End once the application is taken off the cluster: nobody asks any more, and the next server may keep its
+        state in the same files. Should it be asked after all, another one is made."""
+        deployed = True
+        while deployed:
+            await asyncio.sleep(LOOK_SECONDS)
+            deployed = await asyncio.to_thread(self._is_deployed)
+        logger.info("the application is gone")
+        ray.kill(ray.get_runtime_context().current_actor)
+
+    def _is_deployed(self) -> bool:
+        """Whether its Serve has the application, be it that it only starts or still stops."""
+        if self._serve != running_serve():
+            return False
+        try:
+            return APPLICATION in serve.status().applications
+        except RayError:  # the controller is being restarted, and goes on with what it had
+            return True
 
 
 def running_serve() -> str | None:

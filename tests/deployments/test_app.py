@@ -16,9 +16,9 @@ from deployments.app import build
 from deployments.clients import StateClient, connect_engine
 from deployments.cluster import APPLICATION
 from deployments.interfaces import VideoStatus
-from deployments.state_actor import forget_state_actor, state_actor
+from deployments.state_actor import ACTOR_NAME, forget_state_actor, state_actor
 from pipelines.job import Event, Job, Media, Output, Progress, Result
-from tests.deployments.state.videos import INPUTS, a_job, finished
+from tests.deployments.state.videos import INPUTS, a_job, finished, until
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -38,6 +38,10 @@ def serve_anew(args: ServerArgs) -> None:
     serve.run(serve.deployment(ReadyEngine, name="Engine").bind(), name=APPLICATION, route_prefix=None)
 
 
+def is_there(name: str) -> bool:
+    return any(actor["name"] == name for actor in ray.util.list_named_actors(all_namespaces=True))
+
+
 @pytest.fixture
 def args(tmp_path: Path) -> Iterator[ServerArgs]:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers need not find the tests
@@ -54,7 +58,8 @@ async def compute(actor: ActorHandle, video_id: str) -> None:
 
 
 async def test_a_state_actor_stays_as_long_as_its_serve(args: ServerArgs) -> None:
-    """Its handle of the engine of a Serve that was shut down would wait for replicas without end."""
+    """Its handle of the engine of a Serve that was shut down would wait for replicas without end; and a server that is
+    started elsewhere would find its files in use."""
     serve_anew(args)
     state = state_actor(args, connect_engine)
     await compute(state, "video_1")
@@ -64,3 +69,5 @@ async def test_a_state_actor_stays_as_long_as_its_serve(args: ServerArgs) -> Non
     serve.shutdown()
     serve_anew(args)
     await compute(state_actor(args, connect_engine), "video_3")
+    serve.delete(APPLICATION)
+    await until(lambda: not is_there(ACTOR_NAME))
