@@ -44,7 +44,7 @@ class Match(BaseModel):
     @property
     def specificity(self) -> int:
         """How much is demanded beyond the class of the pipeline."""
-        return len(self.config) + len(self.components) + len(self.component_config)
+        return len(self.config) + len(self.components) + sum(map(len, self.component_config.values()))
 
 
 class SamplingDefaults(BaseModel):

@@ -41,13 +41,14 @@ BUILDERS: Mapping[str, Callable[[], DiffusionPipeline]] = {
     "sd3.5": images.sd35,
     "flux1-schnell": images.flux1_schnell,
     "flux2-klein-base": lambda: images.flux2_klein(is_distilled=False),
+    "sd3.5-medium": lambda: images.sd35(num_layers=24),
     "z-image-turbo": lambda: images.z_image(shift=3.0),
     "stable-diffusion": images.stable_diffusion,
 }
 UNKNOWN_FAMILY = "stable-diffusion"
 """The one model above that belongs to no family of `configs/models/`."""
-VARIANTS = ("flux1-schnell", "flux2-klein-base", "z-image-turbo")
-"""Families that differ from another only in how they were distilled, not in what is computed."""
+VARIANTS = ("flux1-schnell", "flux2-klein-base", "sd3.5-medium", "z-image-turbo")
+"""Families that differ from another in size or in how they were distilled, not in what is computed."""
 FAMILIES = tuple(name for name in BUILDERS if name not in (UNKNOWN_FAMILY, *VARIANTS))
 """One of each architecture."""
 

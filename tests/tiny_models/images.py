@@ -179,7 +179,7 @@ def z_image(shift: float = 6.0) -> ZImagePipeline:
     )
 
 
-def sd3(**layers: Any) -> StableDiffusion3Pipeline:
+def sd3(num_layers: int = 3, **layers: Any) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(
         scheduler=static_scheduler(shift=3.0),
         vae=vae(),
@@ -190,7 +190,7 @@ def sd3(**layers: Any) -> StableDiffusion3Pipeline:
         text_encoder_3=text.t5_encoder(),
         tokenizer_3=text.byte_tokenizer(),
         transformer=SD3Transformer2DModel(
-            num_layers=3,
+            num_layers=num_layers,
             attention_head_dim=16,
             num_attention_heads=4,
             joint_attention_dim=text.DIM,
@@ -201,9 +201,9 @@ def sd3(**layers: Any) -> StableDiffusion3Pipeline:
     )
 
 
-def sd35() -> StableDiffusion3Pipeline:
+def sd35(**layers: Any) -> StableDiffusion3Pipeline:
     """Queries and keys are normalised and, as in the medium one, some layers attend once more over the image alone."""
-    return sd3(dual_attention_layers=(0,), qk_norm="rms_norm")
+    return sd3(dual_attention_layers=(0,), qk_norm="rms_norm", **layers)
 
 
 def stable_diffusion() -> StableDiffusionPipeline:
