@@ -106,9 +106,12 @@ def _serve(print_config: bool, **flags: Any) -> int:
     stop = threading.Event()
 
     def request_stop(signum: int, frame: FrameType | None) -> None:
-        if stop.is_set() or not ready:
-            raise KeyboardInterrupt
+        if stop.is_set() and signum == signal.SIGTERM:
+            return  # `timeout` sends it twice, to the process and to its group; a second Ctrl-C is in a hurry
+        interrupt = stop.is_set() or not ready
         stop.set()
+        if interrupt:
+            raise KeyboardInterrupt
 
     ready = False
     for number in (signal.SIGINT, signal.SIGTERM):

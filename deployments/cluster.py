@@ -9,10 +9,12 @@ import signal
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partialmethod
 from itertools import islice
 from typing import Any
+
+import psutil
 
 from configs.server_args import ServerArgs
 from deployments.errors import APIError
@@ -74,6 +76,7 @@ def served(args: ServerArgs) -> Iterator[ServerArgs]:
         demand_state(args)
     with (
         tempfile.TemporaryDirectory(prefix="ditserve-") as folder,
+        nullcontext() if joined else _without_orphans(folder),
         _ray(args, private_proxy_environment(folder), joined),
         _application(args, joined) as settled,
     ):
@@ -117,6 +120,20 @@ def _ray(args: ServerArgs, environment: Mapping[str, str], joined: bool) -> Iter
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _without_orphans(folder: str) -> Iterator[None]:
+    """End, at the end, what still runs with files in `folder`: HAProxy, which would keep the port. A process of Ray's
+    has started it, and is gone before it can end it where a signal goes to the whole process group, as `timeout` and
+    supervisors send it."""
+    try:
+        yield
+    finally:
+        for process in psutil.process_iter(["cmdline"]):
+            if any(argument.startswith(folder) for argument in process.info["cmdline"] or ()):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 @contextmanager

@@ -113,10 +113,10 @@ class Server:
         """Rank 0, the leader, first: they are spawned one after the other."""
         return sorted(self.processes("ray::Rank"), key=lambda process: process.create_time())
 
-    def stop(self, signal_number: int = signal.SIGTERM, seconds: float = 60.0) -> int:
-        """Send a signal and give the exit status."""
-        self.process.send_signal(signal_number)
-        return self.process.wait(seconds)
+    def stop(self, signal_number: int = signal.SIGTERM) -> int:
+        """Send a signal to the server's process group, as terminals and supervisors do, and give the exit status."""
+        os.killpg(self.process.pid, signal_number)
+        return self.process.wait(60)
 
 
 def marked_processes(mark: str, title: str = "") -> list[psutil.Process]:
@@ -134,7 +134,7 @@ def marked_processes(mark: str, title: str = "") -> list[psutil.Process]:
 
 @contextmanager
 def running_server(folder: Path, *flags: str) -> Iterator[Server]:
-    """Start `ditserve serve` with `flags`, wait for its ready line, and end it with SIGTERM, on which it must end well.
+    """Start `ditserve serve` with `flags`, wait for its ready line, and end it with Ctrl-C, on which it must end well.
 
     A second server over the same folder goes on with the state of the first.
     """
@@ -144,7 +144,7 @@ def running_server(folder: Path, *flags: str) -> Iterator[Server]:
     with running(command, port, folder, lambda server: "ditserve is ready" in server.log.read_text()) as server:
         yield server
         if server.process.poll() is None:
-            assert server.stop() == 0, server.log.read_text()
+            assert server.stop(signal.SIGINT) == 0, server.log.read_text()
 
 
 @contextmanager
@@ -166,6 +166,7 @@ def running(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            process_group=0,
             env={
                 **os.environ,
                 "RAY_AUTH_MODE": "disabled",

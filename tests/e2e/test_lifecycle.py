@@ -82,7 +82,7 @@ def test_a_server_that_was_stopped_or_killed_leaves_its_videos_to_the_next(tmp_p
     with running_server(tmp_path, *model) as second:
         assert_done(second, killed)
         stopped = leave_work(second)
-        assert_ends(second, signal.SIGINT)
+        assert_ends(second, signal.SIGTERM)
     with closing(JobStore(str(tmp_path / "jobs.sqlite3"))) as jobs:
         assert [video.job.id for video in jobs.unfinished()] == [stopped.running, stopped.queued]
         assert jobs.get(stopped.finished["id"]).status is VideoStatus.COMPLETED
