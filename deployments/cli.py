@@ -106,8 +106,8 @@ def _serve(print_config: bool, **flags: Any) -> int:
     stop = threading.Event()
 
     def request_stop(signum: int, frame: FrameType | None) -> None:
-        if stop.is_set() and signum == signal.SIGTERM:
-            return  # `timeout` sends it twice, to the process and to its group; a second Ctrl-C is in a hurry
+        if stop.is_set() and signum != signal.SIGINT:
+            return  # `timeout` sends SIGTERM twice, to the process and to its group; a second Ctrl-C is in a hurry
         interrupt = stop.is_set() or not ready
         stop.set()
         if interrupt:
@@ -116,6 +116,8 @@ def _serve(print_config: bool, **flags: Any) -> int:
     ready = False
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, request_stop)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under `nohup`
+        signal.signal(signal.SIGHUP, request_stop)
     try:
         with served(args) as settled:
             ready = True

@@ -1,8 +1,12 @@
 """The command line's flags, refusals and printed configuration. What it serves is tested in tests/e2e."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +17,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from configs.server_args import ServerArgs
+from deployments import cli
 from deployments.cli import main, ready_line
 from deployments.cluster import free_ports
 
@@ -130,6 +135,42 @@ def test_a_key_is_not_repeated_by_its_refusal(capsys: pytest.CaptureFixture[str]
 def test_the_ready_line_says_what_computes(flags: dict[str, Any], ranks: str) -> None:
     line = ready_line(ServerArgs(**flags, port=30010))
     assert line == f"ditserve is ready on {ranks}: http://127.0.0.1:30010/v1 (API page: /docs)"
+
+
+@pytest.fixture
+def signalled_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], int]]:
+    """The exit status of a server that gets a signal when it is ready, and again when it stops."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def serve(number: int) -> int:
+        @contextmanager
+        def served(args: ServerArgs) -> Iterator[ServerArgs]:
+            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+            yield args
+            os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(cli, "served", served)
+        return main(["serve"])
+
+    yield serve
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)], ids=lambda value: str(value)
+)
+def test_a_signal_ends_the_server_and_only_ctrl_c_hurries_when_it_comes_again(
+    number: int, status: int, signalled_server: Callable[[int], int]
+) -> None:
+    assert signalled_server(number) == status
+
+
+def test_a_server_outlives_its_terminal_under_nohup(signalled_server: Callable[[int], int]) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signalled_server(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 @pytest.mark.e2e
