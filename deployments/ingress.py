@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi_offline import FastAPIOffline
 
 from configs.server_args import ServerArgs
 from deployments.api import error_responses, health, images, lora, models, openapi, videos
@@ -32,7 +33,7 @@ def create_app(
         sends_request_id: whether the application puts `x-request-id` on its answers. Ray Serve gives every request an
             id before it arrives here and adds that to the answer itself; a second header would be joined to the first.
     """
-    app = FastAPI(
+    app = FastAPIOffline(
         title="ditserve",
         version="0.1.0",
         description="OpenAI's Images and Videos API and SGLang's LoRA management for diffusion transformers.",

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from openai import NotFoundError
 
@@ -27,6 +29,11 @@ def test_health_and_readiness(server: Server) -> None:
         assert (answer.status_code, answer.content) == (200, b"")
 
 
-def test_the_openapi_page_is_served(server: Server) -> None:
-    assert "swagger" in server.http.get("/docs").text
+@pytest.mark.parametrize("page", ["/docs", "/redoc"])
+def test_the_api_page_needs_no_other_host(page: str, server: Server) -> None:
+    html = server.http.get(page).text
+    files = re.findall(r'(?:src|href)="([^"]+)"', html)
+    assert len(files) >= 2
+    assert [server.http.get(file).status_code for file in files] == [200] * len(files)
+    assert "://" not in html
     assert server.http.get("/openapi.json").json()["openapi"].startswith("3.1")
