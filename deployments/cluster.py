@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import secrets
 import signal
 import socket
 import tempfile
@@ -51,6 +52,10 @@ FRUGAL_ENVIRONMENT = {
 }
 """What Ray and Serve read when their processes start, unless the user has set it."""
 
+AUTHENTICATION = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+"""How to speak to a cluster, where the user has settled it. Else one that is started here has a token of its own: Ray
+would write one to the home folder, which containers may not have, and warn of it."""
+
 UNUSED_RAY_PROCESSES = ("api_server", "monitor", "log_monitor")
 """What Ray starts beside its core with every cluster, and has no setting for: the dashboard (also where none is wanted,
 for usage statistics), the autoscaler of a cluster that has one machine, and what copies the logs of workers to a driver
@@ -89,6 +94,8 @@ def _ray(args: ServerArgs, environment: Mapping[str, str], joined: bool) -> Iter
     os.environ.update(environment)
     for name, value in FRUGAL_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if not joined and not AUTHENTICATION & os.environ.keys():
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
     import ray
     from ray import serve

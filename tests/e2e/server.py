@@ -132,16 +132,21 @@ def marked_processes(mark: str, title: str = "") -> list[psutil.Process]:
     ]
 
 
+def says_ready(server: Server) -> bool:
+    return "ditserve is ready" in server.log.read_text()
+
+
 @contextmanager
 def running_server(folder: Path, *flags: str) -> Iterator[Server]:
     """Start `ditserve serve` with `flags`, wait for its ready line, and end it with Ctrl-C, on which it must end well.
 
-    A second server over the same folder goes on with the state of the first.
+    A second server over the same folder goes on with the state of the first. None needs a home folder.
     """
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "deployments.cli", "serve", "--port", str(port)]
     command += ["--output-path", str(folder / "outputs"), "--state-path", str(folder / "jobs.sqlite3"), *flags]
-    with running(command, port, folder, lambda server: "ditserve is ready" in server.log.read_text()) as server:
+    home = {"HOME": os.devnull}
+    with running(command, port, folder, says_ready, environment=home) as server:
         yield server
         if server.process.poll() is None:
             assert server.stop(signal.SIGINT) == 0, server.log.read_text()
@@ -168,8 +173,7 @@ def running(
             stderr=subprocess.STDOUT,
             process_group=0,
             env={
-                **os.environ,
-                "RAY_AUTH_MODE": "disabled",
+                **{name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"},
                 "HF_HUB_OFFLINE": "1",
                 MARK: str(port),
                 **(environment or {}),

@@ -51,7 +51,7 @@ def deployed() -> Iterator[Server]:
         (folder / "serve_config.yaml").write_text(yaml.safe_dump(config))
         command = [str(Path(sys.executable).with_name("serve")), "run", "serve_config.yaml"]
         # Ray looks for a running cluster in its folder for temporary files, and is not to find one.
-        environment = {"PYTHONPATH": str(CONFIG.parent), "RAY_TMPDIR": name}
+        environment = {"PYTHONPATH": str(CONFIG.parent), "RAY_TMPDIR": name, "RAY_AUTH_MODE": "disabled"}
         with running(command, port, folder, is_ready, working_folder=folder, environment=environment) as server:
             yield server
             processes = server.processes()

@@ -17,7 +17,7 @@ import pytest
 
 from tests import tiny_models
 from tests.e2e.hosts import Host, can_be_made, hosts
-from tests.e2e.server import ANSWER_SECONDS, MARK, SHORT, SMALL, START_SECONDS, marked_processes, running
+from tests.e2e.server import ANSWER_SECONDS, MARK, SHORT, SMALL, START_SECONDS, marked_processes, running, says_ready
 
 RAY_PORT = 6379
 PORT = 30000
@@ -134,8 +134,8 @@ def test_a_gang_spans_two_nodes_and_survives_the_loss_of_one_once_there_is_anoth
             first.command(*command),
             PORT,
             tmp_path,
-            lambda server: "ditserve is ready" in server.log.read_text(),
-            environment={"RAY_ADDRESS": cluster},
+            says_ready,
+            environment={"RAY_ADDRESS": cluster, "RAY_AUTH_MODE": "disabled"},
         ):
             assert (ranks(first), ranks(second)) == (1, 1)
             refused = start_another(second, cluster)
