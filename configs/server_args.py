@@ -14,8 +14,14 @@ Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 ApiKey = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]+$")]
 """What an Authorization header can carry: printable ASCII without spaces."""
 
-ApiKeys = Annotated[tuple[ApiKey, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
-"""Several keys; a single one need not be written as a list."""
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[^/\s]+)$")]
+"""What a browser says of where a page comes from: scheme, host and port, without a path; `*` is any."""
+
+_ONE_OR_SEVERAL = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+"""A single one need not be written as a list."""
+
+ApiKeys = Annotated[tuple[ApiKey, ...], _ONE_OR_SEVERAL]
+Origins = Annotated[tuple[Origin, ...], _ONE_OR_SEVERAL]
 
 
 class ServerArgs(BaseModel):
@@ -43,6 +49,11 @@ class ServerArgs(BaseModel):
         (), repr=False, description="Key that the LoRA routes ask for, and that every other takes; repeatable."
     )
     admin_api_key_file: str | None = Field(None, description="File with such keys, one a line.")
+
+    allowed_origin: Origins = Field(
+        (),
+        description="Origin (https://app.example.org, or * for any) whose pages may call from a browser; repeatable.",
+    )
 
     # OpenAI's largest picture, and its longest clip (20 s) at 60 frames per second.
     max_pixels: int = Field(3840 * 2160, ge=1, description="Pixels of a frame that a request may ask for.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 
 from configs.server_args import ServerArgs
@@ -40,6 +41,14 @@ def create_app(
     )
     app.state.services = Services(args, engine, state, keyring)
     app.add_middleware(RequestMiddleware, sends_id=sends_request_id)
+    if args.allowed_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=args.allowed_origin,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     error_responses.install(app)
     openapi.install(app)
     guarded = APIRouter(dependencies=[Depends(known)], responses=openapi.errors(401))
