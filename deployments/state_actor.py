@@ -1,5 +1,5 @@
-"""`State` as an actor: one for the whole cluster, named and detached, that outlives every engine, ingress and
-deployment."""
+"""`State` as an actor: one for the whole cluster, named and detached, that outlives every replica and every update, and
+leaves when the application is gone."""
 
 from __future__ import annotations
 
@@ -74,11 +74,9 @@ class StateProcess(State):
 
     def _is_deployed(self) -> bool:
         """Whether its Serve has the application, be it that it only starts or still stops."""
-        if self._serve != running_serve():
-            return False
         try:
-            return APPLICATION in serve.status().applications
-        except RayError:  # the controller is being restarted, and goes on with what it had
+            return self._serve == running_serve() and APPLICATION in serve.status().applications
+        except RayError:  # the controller, or the head of the cluster, is being restarted and goes on with what it had
             return True
 
 
