@@ -68,6 +68,7 @@ def test_sd3_and_its_successors_are_sampled_differently(
     assert family is not None
     defaults = family.defaults
     assert (defaults.num_inference_steps, defaults.guidance_scale) == (num_inference_steps, guidance_scale)
+    assert family.tasks == next(each for each in FAMILIES if each.name == "sd3").tasks
 
 
 def test_a_picture_of_wan_22_has_its_own_shift() -> None:

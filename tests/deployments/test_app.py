@@ -16,9 +16,9 @@ from deployments.app import build
 from deployments.clients import StateClient, connect_engine
 from deployments.cluster import APPLICATION
 from deployments.interfaces import VideoStatus
-from deployments.state_actor import ACTOR_NAME, forget_state_actor, state_actor
+from deployments.state_actor import forget_state_actor, state_actor
 from pipelines.job import Event, Job, Media, Output, Progress, Result
-from tests.deployments.state.videos import INPUTS, a_job, finished, until
+from tests.deployments.state.videos import INPUTS, a_job, finished, until_the_state_actor_is_gone
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -36,10 +36,6 @@ def serve_anew(args: ServerArgs) -> None:
     serve.start(proxy_location="Disabled")
     build(args)
     serve.run(serve.deployment(ReadyEngine, name="Engine").bind(), name=APPLICATION, route_prefix=None)
-
-
-def is_there(name: str) -> bool:
-    return any(actor["name"] == name for actor in ray.util.list_named_actors(all_namespaces=True))
 
 
 @pytest.fixture
@@ -70,4 +66,4 @@ async def test_a_state_actor_stays_as_long_as_its_serve(args: ServerArgs) -> Non
     serve_anew(args)
     await compute(state_actor(args, connect_engine), "video_3")
     serve.delete(APPLICATION)
-    await until(lambda: not is_there(ACTOR_NAME))
+    await until_the_state_actor_is_gone()

@@ -158,9 +158,7 @@ def signalled_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int]
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)], ids=str)
 def test_a_signal_ends_the_server_and_only_ctrl_c_hurries_when_it_comes_again(
     number: int, status: int, signalled_server: Callable[[int], int]
 ) -> None:

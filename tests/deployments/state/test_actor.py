@@ -35,6 +35,7 @@ from tests.deployments.state.videos import (
     assert_never_goes_back,
     files,
     until,
+    until_the_state_actor_is_gone,
 )
 from tests.deployments.step_engine import StepEngine, pixels
 
@@ -65,7 +66,7 @@ class TestTheActor:
         actor = state_actor(args, partial(StepEngine, engine.folder))
         yield actor
         forget_state_actor()
-        await until(lambda: not any(named["name"] == ACTOR_NAME for named in ray.util.list_named_actors(True)))
+        await until_the_state_actor_is_gone()
 
     async def test_is_one_for_all_who_ask(self, actor, args, engine):
         await actor.create_video.remote(a_job(), INPUTS, "wan")

@@ -6,10 +6,13 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
+import ray
+
 from configs.server_args import ServerArgs
 from deployments.clients import StateClient
 from deployments.interfaces import Video, VideoStatus
 from deployments.state import State
+from deployments.state_actor import ACTOR_NAME
 from pipelines.job import Job, Task, content_key
 
 PHOTO = b"a photo of a lighthouse"
@@ -42,6 +45,10 @@ async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+async def until_the_state_actor_is_gone() -> None:
+    await until(lambda: not any(named["name"] == ACTOR_NAME for named in ray.util.list_named_actors(True)))
 
 
 async def finished(state: State | StateClient, video_id: str = "video_1") -> Video:

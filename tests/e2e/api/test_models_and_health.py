@@ -29,9 +29,10 @@ def test_health_and_readiness(server: Server) -> None:
         assert (answer.status_code, answer.content) == (200, b"")
 
 
-@pytest.mark.parametrize("page", ["/docs", "/redoc"])
-def test_the_api_page_needs_no_other_host(page: str, server: Server) -> None:
+@pytest.mark.parametrize(("page", "library"), [("/docs", "swagger"), ("/redoc", "redoc")])
+def test_the_api_page_needs_no_other_host(page: str, library: str, server: Server) -> None:
     html = server.http.get(page).text
+    assert library in html
     files = re.findall(r'(?:src|href)="([^"]+)"', html)
     assert len(files) >= 2
     assert [server.http.get(file).status_code for file in files] == [200] * len(files)
