@@ -142,6 +142,7 @@ def signalled_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int]
     """The exit status of a server that gets a signal when it is ready, and again when it stops."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may themselves run under `nohup`
 
     def serve(number: int) -> int:
         @contextmanager
