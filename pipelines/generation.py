@@ -13,11 +13,12 @@ from PIL import Image
 from pipelines.arguments import Canvas, call_arguments
 from pipelines.job import Event, FailedAlone, InvalidJob, Job, Media, OutputDone, Preview, Progress, Result
 from pipelines.load import Model
-from pipelines.media import decode_image, decode_mask, encode_image
+from pipelines.media import encode_image
 from pipelines.outputs import asked_frames, encode_output, to_frame
 from pipelines.previews import DenoisedEstimate, can_decode_latents, decode_latents, preview_steps
 from pipelines.stepping import Pace, StepBar, iterate
 from pipelines.stopwatch import Stopwatch
+from pipelines.uploads import decode_image, decode_mask
 
 MAX_INPUT_PIXELS = 2**26
 """Largest input picture: 8192x8192, which decodes to 256 MiB."""

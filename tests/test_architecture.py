@@ -21,11 +21,12 @@ ONLY_HERE = {
 }
 """Libraries by the packages that may import them."""
 
-TORCH = {"torch", "diffusers", "transformers", "accelerate", "peft", "safetensors.torch"}
+FOR_RANKS = {"torch", "diffusers", "transformers", "accelerate", "peft", "safetensors.torch", "av"}
+"""Libraries that compute and encode."""
 
-WITHOUT_TORCH = ("deployments.ingress", "deployments.app", "deployments.state", "deployments.cli")
+COMPUTE_NOTHING = ("deployments.ingress", "deployments.app", "deployments.state", "deployments.cli")
 """What the processes that compute nothing import: of the Ingress and Engine replicas, of the state actor and of the
-command line. Torch would cost each of them 150 MB and two seconds."""
+command line. Torch would cost each of them 150 MB and two seconds, PyAV 20 MB."""
 
 TEXT_SUFFIXES = (".py", ".yaml", ".md", ".sh")
 
@@ -115,14 +116,15 @@ def test_a_library_stays_in_its_room(library: str, packages: tuple[str, ...]) ->
     assert not strays, f"{library} is imported by {strays}"
 
 
-@pytest.mark.parametrize("entrance", WITHOUT_TORCH)
-def test_torch_does_not_reach_a_process_that_computes_nothing(entrance: str) -> None:
+@pytest.mark.parametrize("entrance", COMPUTE_NOTHING)
+def test_what_ranks_compute_with_does_not_reach_a_process_that_computes_nothing(entrance: str) -> None:
     importer = loaded_with(entrance)
-    assert not [path_to(module, importer) for module in TORCH & importer.keys()]
+    assert not [path_to(module, importer) for module in FOR_RANKS & importer.keys()]
 
 
-def test_torch_is_found_where_it_is_imported() -> None:
-    assert any("torch" in loaded_with(module) for module in SOURCES if is_within(module, "pipelines"))
+@pytest.mark.parametrize("library", ["torch", "av"])
+def test_what_ranks_compute_with_is_found_where_it_is_imported(library: str) -> None:
+    assert any(library in loaded_with(module) for module in SOURCES if is_within(module, "pipelines"))
 
 
 def path_to(module: str, importer: dict[str, str]) -> str:

@@ -13,7 +13,7 @@ from deployments.api.multipart import too_large
 from deployments.api.protocol.requests import ImageReference, InputImage
 from deployments.api.remote_media import fetch
 from deployments.errors import APIError
-from pipelines.media import decode_image, decode_mask
+from pipelines.uploads import decode_image, decode_mask
 
 MAX_INPUT_PIXELS = 8192 * 8192
 """More than most cameras' pictures have, and 256 MiB once decoded: what a small file may grow to."""
