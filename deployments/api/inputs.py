@@ -11,7 +11,6 @@ from urllib.parse import unquote_to_bytes
 from configs.server_args import ServerArgs
 from deployments.api.multipart import too_large
 from deployments.api.protocol.requests import ImageReference, InputImage
-from deployments.api.remote_media import fetch
 from deployments.errors import APIError
 from pipelines.uploads import decode_image, decode_mask
 
@@ -65,6 +64,8 @@ async def _referenced(image: ImageReference | str, param: str, args: ServerArgs)
         case "data":
             return _data_url_bytes(rest, param)
         case "http" | "https" if args.allow_remote_media:
+            from deployments.api.remote_media import fetch  # with aiohttp, 8 MB that few servers need
+
             return await fetch(url, param, args.max_upload_bytes)
         case "http" | "https":
             raise _refused(param, "images are not fetched from remote URLs; upload the file or give it as a data: URL")
