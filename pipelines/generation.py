@@ -18,10 +18,7 @@ from pipelines.outputs import asked_frames, encode_output, to_frame
 from pipelines.previews import DenoisedEstimate, can_decode_latents, decode_latents, preview_steps
 from pipelines.stepping import Pace, StepBar, iterate
 from pipelines.stopwatch import Stopwatch
-from pipelines.uploads import decode_image, decode_mask
-
-MAX_INPUT_PIXELS = 2**26
-"""Largest input picture: 8192x8192, which decodes to 256 MiB."""
+from pipelines.uploads import MAX_INPUT_PIXELS, decode_image, decode_mask
 
 
 def generate(model: Model, job: Job, media: Media) -> Generator[Event, None, None]:

@@ -1,4 +1,4 @@
-"""Pictures and clips to bytes.
+"""Pictures and clips to bytes, by Pillow, NumPy and PyAV.
 
 A frame is a uint8 array of shape `(H, W, 3)`, RGB. Clips are encoded frame by frame: no clip is ever held as a list.
 """

@@ -12,6 +12,9 @@ from pipelines.job import InvalidJob
 INPUT_FORMATS = ("PNG", "JPEG", "WEBP")
 """What clients may upload, by Pillow's names. Everything else stays unopened."""
 
+MAX_INPUT_PIXELS = 8192 * 8192
+"""More than most cameras' pictures have, and 256 MiB once decoded: what a small file may grow to."""
+
 
 def decode_image(data: bytes, *, max_pixels: int, param: str = "image") -> Image.Image:
     """Decode an uploaded PNG, JPEG or WebP, judged by its content alone, upright as its EXIF orientation says.

@@ -26,7 +26,7 @@ FOR_RANKS = {"torch", "diffusers", "transformers", "accelerate", "peft", "safete
 
 COMPUTE_NOTHING = ("deployments.ingress", "deployments.app", "deployments.state", "deployments.cli")
 """What the processes that compute nothing import: of the Ingress and Engine replicas, of the state actor and of the
-command line. Torch would cost each of them 150 MB and two seconds, PyAV 20 MB."""
+command line. Torch would cost each of them 150 MB and two seconds, PyAV 10 MB."""
 
 TEXT_SUFFIXES = (".py", ".yaml", ".md", ".sh")
 

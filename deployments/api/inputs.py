@@ -12,10 +12,7 @@ from configs.server_args import ServerArgs
 from deployments.api.multipart import too_large
 from deployments.api.protocol.requests import ImageReference, InputImage
 from deployments.errors import APIError
-from pipelines.uploads import decode_image, decode_mask
-
-MAX_INPUT_PIXELS = 8192 * 8192
-"""More than most cameras' pictures have, and 256 MiB once decoded: what a small file may grow to."""
+from pipelines.uploads import MAX_INPUT_PIXELS, decode_image, decode_mask
 
 
 @dataclass(frozen=True)

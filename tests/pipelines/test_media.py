@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
 
 import av
@@ -102,3 +103,8 @@ def test_a_spritesheet_shows_frames_from_first_to_last_in_a_grid(num_frames: int
     sheet = Image.open(io.BytesIO(encode_spritesheet([gradient(320, 160, i) for i in indices])))
     assert sheet.format == "JPEG"
     assert sheet.size == (grid[0] * 160, grid[1] * 80)
+
+
+def test_media_needs_no_torch() -> None:
+    code = "import sys, pipelines.media; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -103,3 +105,8 @@ def test_a_mask_that_says_nothing_is_refused(mask: Image.Image, reason: str) -> 
     with pytest.raises(InvalidJob, match=reason) as refusal:
         decode_mask(saved(mask, "PNG"), size=(4, 2), max_pixels=MAX_PIXELS)
     assert refusal.value.param == "mask"
+
+
+def test_uploads_need_neither_torch_nor_a_video_encoder() -> None:
+    code = "import sys, pipelines.uploads; sys.exit(bool({'torch', 'av'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
