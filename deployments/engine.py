@@ -234,13 +234,15 @@ class Engine:
         steps = ticket.job.num_inference_steps * len(ticket.job.seeds)
         if ticket.progress and not ticket.begun:
             ticket.events.put_nowait(Progress(0, steps))
+            ticket.steps_told = 0
         ticket.begun, ticket.suspended = True, False
         self._let_pictures_pass()
         try:
             with self._time_limit(ticket, self.args.job_timeout, self._seconds_left(ticket)):
                 async for event in self.gang.run(ticket.job, ticket.media, ticket.progress):
                     if isinstance(event, Progress):
-                        self.metrics.steps(ticket, 1)
+                        self.metrics.steps(ticket, event.step - ticket.steps_told)
+                        ticket.steps_told = event.step
                     if not isinstance(event, Result):
                         ticket.events.put_nowait(event)
                     elif not ticket.ended:

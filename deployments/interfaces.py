@@ -123,8 +123,9 @@ class Engine(Protocol):
         """The served model. Raises `APIError` 503 while it still loads."""
 
     def generate(self, job: Job, media: Media, *, progress: bool) -> AsyncGenerator[Event, None]:
-        """Compute `job`; the last event is its `Result`. With `progress`, every step gives a `Progress` too, after
-        one of step 0 when the computation begins (again, should the ranks have died).
+        """Compute `job`; the last event is its `Result`. With `progress`, steps give a `Progress` too (the last one,
+        and the others as far as they are 0.1 s apart), after one of step 0 when the computation begins (again, should
+        the ranks have died).
 
         Closing the iterator (or cancelling the task that reads it) frees the ranks within one denoising step.
         Raises `InvalidJob` for what only the pipeline itself could refuse.

@@ -42,6 +42,8 @@ class Ticket:
     """It has given its last event, or nobody waits for it any more."""
     begun: bool = False
     """Its step 0 was told. Told again only after a break of its own: it then counts as another attempt."""
+    steps_told: int = 0
+    """Of its steps, the last one that the ranks told of."""
     suspended: bool = False
     """It has given way between two steps, and the ranks hold its latents."""
     breaks: int = 0

@@ -20,7 +20,9 @@ class Services:
     keyring: Keyring = OPEN
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:
+    """A coroutine, as every dependency here: FastAPI runs plain functions in a thread, which took 0.7 of the 7 ms of
+    CPU that a `GET /v1/videos` takes of its ingress."""
     services: Services = request.app.state.services
     return services
 

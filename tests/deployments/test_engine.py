@@ -29,6 +29,8 @@ class StepwiseGang:
         self.began: list[str] = []
         self.breaks_under: list[str] = []
         """Jobs under which it breaks, each time they are named here."""
+        self.tells_every = 1
+        """Of so many steps one is told."""
         self._orders: dict[str, type[Exception]] = {}
         self._steps = asyncio.Semaphore(0)
 
@@ -60,7 +62,8 @@ class StepwiseGang:
             await self._steps.acquire()
             if order := self._orders.pop(job.id, None):
                 raise order(job.id)
-            yield Progress(step + 1, job.num_inference_steps)
+            if (step + 1) % self.tells_every == 0:
+                yield Progress(step + 1, job.num_inference_steps)
         yield Result((Output(b"clip"),), {})
 
 
@@ -138,6 +141,16 @@ async def test_a_job_that_is_asked_for_again_ends_for_who_asked_before(engine: E
     gang.allow(5)
     assert (await asyncio.wait_for(second, 5))[-2] == Progress(4, 4)
     assert gang.began == ["video_1", "video_1"]
+
+
+async def test_steps_that_were_not_told_are_counted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(engine, "metrics", NoMetrics())
+    monkeypatch.setattr(engine.metrics, "steps", lambda _, count: counted.append(count), raising=False)
+    engine.gang.tells_every = 2
+    engine.gang.allow(4)
+    assert steps_of(await asyncio.wait_for(asked_for(engine), 5)) == [0, 2, 4]
+    assert counted == [2, 2]
 
 
 async def test_a_job_that_waits_is_taken_over_too(engine: Engine) -> None:
