@@ -36,6 +36,10 @@ class IllegalTransition(RuntimeError):
     """A bug in the caller: the table has no such way."""
 
 
+class StateInUse(RuntimeError):
+    """Another process has the file open."""
+
+
 class JobStore:
     """The records of one server. Not thread-safe, and alone: the file stays locked until `close` or the process ends.
 
@@ -43,17 +47,20 @@ class JobStore:
     the death of the process, not that of the machine.
     """
 
-    def __init__(self, path: str, *, ttl_s: float | None = None):
+    def __init__(self, path: str, *, ttl_s: float | None = None, patience_s: float | None = None):
         """Open or make the file, and bring it to the newest schema.
 
         Args:
             ttl_s: how long finished videos are kept, to be told to clients.
+            patience_s: how long to wait where another process has the file open.
 
         Raises:
-            RuntimeError: another process has the file open, or a newer version of the server wrote it.
+            StateInUse: it still has.
+            RuntimeError: a newer version of the server wrote it.
         """
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._connection = sqlite3.connect(path, timeout=_LOCK_TIMEOUT_S, isolation_level=None)
+        timeout = _LOCK_TIMEOUT_S if patience_s is None else patience_s
+        self._connection = sqlite3.connect(path, timeout=timeout, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
         # Set before WAL, an exclusive lock also spares the shared memory file, which network filesystems lack.
         self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -62,7 +69,7 @@ class JobStore:
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
                 raise
-            raise RuntimeError(
+            raise StateInUse(
                 f"'{path}' is in use by another server: each needs a --state-path and an --output-path of its own"
             ) from None
         self._connection.execute("PRAGMA synchronous = FULL")

@@ -7,11 +7,14 @@ import sqlite3
 from collections import Counter
 
 from configs.server_args import ServerArgs
-from deployments.jobs import JobStore
+from deployments.jobs import JobStore, StateInUse
 from deployments.storage import Storage
 
 START_KEY = "start"
 """Of the file that tries whether outputs can be written."""
+
+SILENT_SECONDS = 1.0
+"""How long a state that is in use is waited for without a word."""
 
 
 class StartFailed(Exception):
@@ -29,9 +32,16 @@ def demand_port(host: str, port: int) -> None:
 
 
 def demand_state(args: ServerArgs) -> None:
-    """Raise `StartFailed` unless the state can be opened, by this server alone, and outputs can be written."""
+    """Raise `StartFailed` unless the state can be opened, by this server alone, and outputs can be written.
+
+    A predecessor may still be ending; that it is waited for is said.
+    """
     try:
-        JobStore(args.state_path).close()
+        try:
+            JobStore(args.state_path, patience_s=SILENT_SECONDS).close()
+        except StateInUse:
+            print(f"ditserve waits for '{args.state_path}', which another server has open", flush=True)
+            JobStore(args.state_path).close()
         storage = Storage(args.output_path)
         storage.put(START_KEY, b"")
         storage.delete(START_KEY)

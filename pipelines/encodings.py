@@ -44,8 +44,11 @@ class EncodingMemory:
                 return encode(*args, **kwargs)
             key = (source, arguments)
             if key not in self._encodings:
-                self._encodings[key] = encode(*args, **kwargs)
-                self.num_bytes += num_bytes(self._encodings[key])
+                encoding = encode(*args, **kwargs)
+                if num_bytes(encoding) > self._max_bytes:
+                    return encoding
+                self._encodings[key] = encoding
+                self.num_bytes += num_bytes(encoding)
             self._encodings.move_to_end(key)
             encoding = self._encodings[key]
             while self.num_bytes > self._max_bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from configs.server_args import ServerArgs
-from deployments import jobs
+from deployments import jobs, preconditions
 from deployments.cli import main
 from deployments.cluster import free_ports
 from deployments.jobs import JobStore
@@ -34,10 +34,13 @@ def test_a_state_of_another_server_is_reported_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(jobs, "_LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(preconditions, "SILENT_SECONDS", 0.1)
     path = str(tmp_path / "jobs.sqlite3")
     with closing(JobStore(path)):
         assert main(["serve", "--port", str(*free_ports(1)), "--state-path", path]) == 1
-    assert capsys.readouterr().err == (
+    said = capsys.readouterr()
+    assert said.out == f"ditserve waits for '{path}', which another server has open\n"
+    assert said.err == (
         f"ditserve: cannot keep the state: '{path}' is in use by another server: each needs a --state-path and an "
         "--output-path of its own\n"
     )

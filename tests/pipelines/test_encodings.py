@@ -105,10 +105,16 @@ def test_the_oldest_are_forgotten_when_there_is_no_room() -> None:
         assert encoding.shape == (1, len(prompt))
         assert (nothing, empty.shape) == (None, (0,))
     assert memory.num_bytes == 4 * (4 + 5), "the one of seven letters was used longest ago"
-    pipeline.encode_prompt("four", device=torch.device("cpu"))
-    pipeline.encode_prompt("much too long to be kept", device=torch.device("cpu"))
-    assert memory.num_bytes == 0
-    assert pipeline.encoded == ["four", "seven..", "three", "much too long to be kept"]
+    assert pipeline.encoded == ["four", "seven..", "three"]
+
+
+def test_what_is_too_long_to_be_kept_drives_nothing_out() -> None:
+    memory = EncodingMemory(max_bytes=44)
+    pipeline = Encoder()
+    memory.attach(pipeline)
+    for prompt in ("four", "much too long to be kept", "four"):
+        assert pipeline.encode_prompt(prompt)[0].shape == (1, len(prompt))
+    assert pipeline.encoded == ["four", "much too long to be kept"]
 
 
 def test_a_pipeline_may_change_what_it_is_given() -> None:

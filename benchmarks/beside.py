@@ -1,0 +1,132 @@
+"""Our server and another one of the same API in turn, on one machine, with the same weights: SGLang Diffusion's.
+
+    python -m benchmarks.beside --save models
+    …                                              # start the other server on models/wan2.1-t2v
+    python -m benchmarks.beside http://localhost:31999 --process-group 4711 --model models/wan2.1-t2v [--ranks 2]
+
+The other server is started by hand, and stopped (SIGSTOP) while ours is asked, as one that waits may keep a core busy;
+ours waits while the other is asked. Each is asked in blocks, with prompts that are new in the first block alone.
+
+SGLang 0.5.23 comes without its kernels for CPUs, which want AMX; on a machine without them its own `forward_native` has
+to stand in for `forward_cpu` of its two fused norms, and `x * (scale_constant + scale) + shift` for
+`_fuse_scale_shift_kernel_cpu`. Where the CPU has no bfloat16 it is fastest with `--dit-precision fp32 --vae-precision
+fp32 --vae-decode-precision fp32 --text-encoder-precisions fp32` (by default it decodes in bfloat16: 1.8 s a small clip
+in place of 0.4 s).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import httpx2
+
+from benchmarks.latency import CASES, Case
+from benchmarks.timing import seconds
+from tests.e2e.server import running_server
+from tests.tiny_models import save
+
+POLL_SECONDS = 0.02
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("url", nargs="?", help="of the other server")
+    parser.add_argument("--process-group", type=int, help="of the other server")
+    parser.add_argument("--model", type=Path, help="what it serves, one of those that --save wrote")
+    parser.add_argument("--ranks", type=int, default=1, help="of ours")
+    parser.add_argument("--case", default="", help="only those with this in their name")
+    parser.add_argument("--requests", type=int, default=10, help="of a block")
+    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write the models there, and end")
+    arguments = parser.parse_args()
+    if arguments.save:
+        for model in {case.model for case in CASES}:
+            print(save(model, arguments.save))
+        return
+    flags = ("--model-path", str(arguments.model.resolve()), "--num-gpus", str(arguments.ranks))
+    with (
+        held(arguments.process_group),
+        tempfile.TemporaryDirectory() as folder,
+        running_server(Path(folder), *flags) as server,
+    ):
+        for case in (case for case in CASES if case.model == arguments.model.name and arguments.case in case.name):
+            ours, others = [], []
+            for _ in range(arguments.blocks):
+                ours.append(p50(server.base_url, case, arguments.requests))
+                with resumed(arguments.process_group):
+                    others.append(p50(arguments.url, case, arguments.requests))
+            ratio = statistics.median(ours) / statistics.median(others)
+            print(
+                f"{case.name}, {arguments.ranks} rank(s): ours {listed(ours)}, the other {listed(others)}: {ratio:.2f}"
+            )
+
+
+@contextmanager
+def held(process_group: int) -> Iterator[None]:
+    """Stopped until the end."""
+    os.killpg(process_group, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.killpg(process_group, signal.SIGCONT)
+
+
+@contextmanager
+def resumed(process_group: int) -> Iterator[None]:
+    os.killpg(process_group, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        os.killpg(process_group, signal.SIGSTOP)
+
+
+def p50(url: str, case: Case, requests: int) -> float:
+    """Milliseconds from a request to the finished file, at the median, after two that do not count."""
+    prompts = (f"a cat, take {number}" for number in itertools.count())
+    with httpx2.Client(base_url=url, timeout=600) as http:
+        ask = partial(clip if case.num_frames > 1 else picture, http, case)
+        ask(next(prompts))
+        ask(next(prompts))
+        return 1e3 * statistics.median(seconds(partial(ask, next(prompts))) for _ in range(requests))
+
+
+def picture(http: httpx2.Client, case: Case, prompt: str) -> None:
+    http.post("/v1/images/generations", json={**body(case, prompt), "response_format": "b64_json"}).raise_for_status()
+
+
+def clip(http: httpx2.Client, case: Case, prompt: str) -> None:
+    fields = {**body(case, prompt), "num_frames": case.num_frames, "fps": 16}
+    video = http.post("/v1/videos", json=fields).raise_for_status().json()
+    while video["status"] != "completed":
+        if video["status"] == "failed":
+            raise SystemExit(f"{http.base_url} failed: {video['error']}")
+        time.sleep(POLL_SECONDS)
+        video = http.get(f"/v1/videos/{video['id']}").raise_for_status().json()
+    http.get(f"/v1/videos/{video['id']}/content").raise_for_status()
+
+
+def body(case: Case, prompt: str) -> dict[str, object]:
+    return {
+        "prompt": prompt,
+        "size": f"{case.width}x{case.height}",
+        "num_inference_steps": case.steps,
+        "seed": 1,
+    }
+
+
+def listed(milliseconds: list[float]) -> str:
+    return " ".join(f"{each:.0f}" for each in milliseconds) + " ms"
+
+
+if __name__ == "__main__":
+    main()
