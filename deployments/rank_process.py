@@ -24,9 +24,9 @@ def have_threads_spin_briefly() -> None:
 
 WORK_TO_SHARE = 8e8
 """Multiply-adds of a step from which on a rank computes with more threads than one. Below it operations are so short
-that to share them costs more than it saves, on cores that a server's other processes use as well. On two of them a clip
-of a tiny Wan, 64x64 and 5 frames (3e8), took 0.39 s with one thread and 0.49 s with two; a 64x64 picture of the bundled
-model (2e9) 0.37 s and 0.27 s."""
+that to share them costs more than it saves, on cores that a server's other processes use as well. On two of them 20
+steps of a tiny Wan's clip, 64x64 and 5 frames (3e8), took 0.7 s with one thread and 1.3 s with two; four of a 64x64
+picture of the bundled model (2e9) 0.37 s and 0.27 s."""
 
 TEXT_TOKENS = 512
 PIXELS_PER_TOKEN = 16 * 16
@@ -37,10 +37,11 @@ def threads_for(weights: int, pixels: int, cores: int) -> int:
     node's cores.
 
     It depends on nothing else: how sums are shared among threads decides their last bits, and so a pixel. The work is a
-    rough one, each weight once for each token: families have 256 to 512 of text, and one for 16x16 pixels or more.
+    rough one, each weight once for each token: families have 256 to 512 of text, and one for 16x16 pixels or more. A
+    model that names its denoiser as no other does is known with no weights, and counts as a large one.
     """
     work = weights * (TEXT_TOKENS + pixels / PIXELS_PER_TOKEN)
-    return max(1, cores) if work >= WORK_TO_SHARE else 1
+    return 1 if 0 < work < WORK_TO_SHARE else max(1, cores)
 
 
 @contextmanager

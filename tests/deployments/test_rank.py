@@ -51,6 +51,7 @@ def test_no_step_is_told_to_who_does_not_ask() -> None:
         (500_000, 64 * 64 * 5, 8, 1),
         (500_000, 256 * 256 * 17, 8, 8),
         (4_000_000, 64 * 64, 8, 8),
+        (0, 64 * 64, 8, 8),  # not known
         (4_000_000, 64 * 64, 0, 1),  # of four ranks on two cores
     ],
 )
