@@ -234,6 +234,7 @@ class Engine:
         steps = ticket.job.num_inference_steps * len(ticket.job.seeds)
         if ticket.progress and not ticket.begun:
             ticket.events.put_nowait(Progress(0, steps))
+        if not ticket.suspended:
             ticket.steps_told = 0
         ticket.begun, ticket.suspended = True, False
         self._let_pictures_pass()
