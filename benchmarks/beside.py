@@ -54,17 +54,13 @@ def main() -> None:
             print(save(model, arguments.save))
         return
     flags = ("--model-path", str(arguments.model.resolve()), "--num-gpus", str(arguments.ranks))
-    with (
-        held(arguments.process_group),
-        tempfile.TemporaryDirectory() as folder,
-        running_server(Path(folder), *flags) as server,
-    ):
+    with tempfile.TemporaryDirectory() as folder, running_server(Path(folder), *flags) as server:
         for case in (case for case in CASES if case.model == arguments.model.name and arguments.case in case.name):
             ours, others = [], []
             for _ in range(arguments.blocks):
-                ours.append(p50(server.base_url, case, arguments.requests))
-                with resumed(arguments.process_group):
-                    others.append(p50(arguments.url, case, arguments.requests))
+                with stopped(arguments.process_group):
+                    ours.append(p50(server.base_url, case, arguments.requests))
+                others.append(p50(arguments.url, case, arguments.requests))
             ratio = statistics.median(ours) / statistics.median(others)
             print(
                 f"{case.name}, {arguments.ranks} rank(s): ours {listed(ours)}, the other {listed(others)}: {ratio:.2f}"
@@ -72,22 +68,12 @@ def main() -> None:
 
 
 @contextmanager
-def held(process_group: int) -> Iterator[None]:
-    """Stopped until the end."""
+def stopped(process_group: int) -> Iterator[None]:
     os.killpg(process_group, signal.SIGSTOP)
     try:
         yield
     finally:
         os.killpg(process_group, signal.SIGCONT)
-
-
-@contextmanager
-def resumed(process_group: int) -> Iterator[None]:
-    os.killpg(process_group, signal.SIGCONT)
-    try:
-        yield
-    finally:
-        os.killpg(process_group, signal.SIGSTOP)
 
 
 def p50(url: str, case: Case, requests: int) -> float:
