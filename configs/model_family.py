@@ -127,11 +127,6 @@ def families() -> tuple[ModelFamily, ...]:
     return tuple(sorted(loaded, key=lambda family: (-family.match.specificity, family.name)))
 
 
-def family_of(model_index: Mapping[str, Any]) -> ModelFamily | None:
-    """The family of a model with this `model_index.json`, or None when it is none that we know."""
-    return family_for(model_index)
-
-
 def family_for(
     model_index: Mapping[str, Any],
     overrides: Mapping[str, Any] | None = None,

@@ -133,7 +133,8 @@ class AdapterRegistry:
         if loaded.identity != identity:
             raise APIError(
                 409,
-                f"LoRA '{adapter.path}' has changed since the job was accepted; its old weights are no longer held.",
+                f"LoRA '{adapter.path}' has changed since it was loaded, and its old weights are no longer held. "
+                "POST /v1/set_lora loads it again.",
                 code="lora_changed",
             )
         return loaded.factors

@@ -7,6 +7,7 @@ change the default of new jobs, once every replica has it in its weights.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from deployments.errors import APIError
 from deployments.interfaces import ActiveLoRA, LoRARequest, LoRAStatus
 from deployments.propagation import Composition, MergeFailed, Propagation
 from pipelines.job import LoRASpec
+
+logger = logging.getLogger(__name__)
 
 
 class DefaultLoRA:
@@ -121,12 +124,13 @@ class DefaultLoRA:
 
     def status(self, notes: Sequence[str] = ()) -> LoRAStatus:
         replicas = self._propagation.replicas
+        merged = self._by_transformer(self.composition)
         return LoRAStatus(
             loaded=self._adapters.loaded,
-            set=self._set,
+            default=self.composition,
             active={
-                transformer: ActiveLoRA(adapters, merged=transformer in self._by_transformer(self.composition))
-                for transformer, adapters in self._by_transformer(self._set).items()
+                transformer: ActiveLoRA(adapters, merged=transformer in merged)
+                for transformer, adapters in (self._by_transformer(self._set) | merged).items()
             },
             replicas={id_: replica.composition for id_, replica in replicas.items()},
             num_bytes_held={id_: replica.num_bytes_held for id_, replica in replicas.items()},
@@ -178,6 +182,27 @@ class DefaultLoRA:
         self._adapters.pin(self.composition)
         await self._propagation.publish(self.composition)
 
+    async def reload(self) -> None:
+        """Take the adapters from their files as they are now, since what was read before a restart is no longer held.
+        Where one cannot be read all stay as they are, and the jobs that are given it fail.
+
+        Raises:
+            APIError: 503; no engine reads adapters yet.
+        """
+        async with self._changing:
+            try:
+                now = {
+                    spec.nickname: await self._adapters.find(LoRARequest(spec.nickname))
+                    for spec in (*self._set, *self.composition)
+                }
+                await self._merge(_renewed(self.composition, now))
+                self._set = _renewed(self._set, now)
+                self._adapters.name(now)
+            except APIError as error:
+                if error.status == 503:
+                    raise
+                logger.warning("the default adapter cannot be loaded again: %s", error)
+
     # Rules and their execution.
 
     def _demand_free(self, requests: Sequence[LoRARequest]) -> None:
@@ -218,6 +243,11 @@ class DefaultLoRA:
             raise
         finally:
             self._adapters.pin(self.composition)
+
+
+def _renewed(composition: Composition, now: Mapping[str, Named]) -> Composition:
+    """The composition with what its nicknames stand for now."""
+    return tuple(spec.model_copy(update={"identity": now[spec.nickname].identity}) for spec in composition)
 
 
 def _names(composition: Composition) -> set[str]:

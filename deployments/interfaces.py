@@ -94,7 +94,7 @@ class LoadedLoRA:
 
 @dataclass(frozen=True)
 class ActiveLoRA:
-    """What was set for one transformer."""
+    """What is merged into one transformer, or would be by `merge_lora_weights`."""
 
     adapters: tuple[LoRASpec, ...]
     merged: bool
@@ -104,10 +104,10 @@ class ActiveLoRA:
 @dataclass(frozen=True)
 class LoRAStatus:
     loaded: tuple[LoadedLoRA, ...]
-    set: tuple[LoRASpec, ...]
-    """The composition given by the last `set_lora`: what `merge_lora_weights` re-applies."""
+    default: tuple[LoRASpec, ...]
+    """What new jobs are given that name no adapters of their own."""
     active: Mapping[str, ActiveLoRA]
-    """The same by transformer."""
+    """By transformer: that, and what was set and then unmerged."""
     replicas: Mapping[str, tuple[LoRASpec, ...]]
     """What is merged into the weights of each engine replica right now."""
     num_bytes_held: Mapping[str, int] = field(default_factory=dict)

@@ -159,6 +159,7 @@ async def follow(state: Watched, replica_id: str, merge: Callable[[Composition],
 
 
 async def _stay_known(state: Watched, replica_id: str, version: int) -> None:
-    """Poll until there is a version newer than the one being merged."""
-    while (await state.watch_default(replica_id, version))[0] == version:
-        pass
+    """Poll for as long as a merge takes. A newer version waits for its turn; one that a restarted state actor made up
+    must not end the polls."""
+    while True:
+        version, _ = await state.watch_default(replica_id, version)

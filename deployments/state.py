@@ -81,13 +81,13 @@ class State:
         retention = Retention(self._jobs, self._content, ttl_s=args.video_ttl, max_bytes=args.storage_bytes)
         self._retention = asyncio.create_task(retention.enforce())
         self._measuring = asyncio.create_task(self._measure_stored_bytes())
-        self._adapters_known = asyncio.create_task(self._recall_adapters())
-        self._adapters_open = asyncio.create_task(self._set_startup_adapter())
+        self._recalling_adapters = asyncio.create_task(self._recall_adapters())
+        self._opening_adapters = asyncio.create_task(self._open_adapters())
 
     async def close(self) -> None:
         """Stop working and let go of the files. The next `State` on the same paths goes on."""
-        self._adapters_known.cancel()
-        self._adapters_open.cancel()
+        self._recalling_adapters.cancel()
+        self._opening_adapters.cancel()
         background = (self._retention, self._measuring)
         for task in background:
             task.cancel()
@@ -181,25 +181,30 @@ class State:
         return await self._content.read(key, offset, length)
 
     async def _recall_adapters(self) -> None:
-        """Take up the adapters of an earlier life."""
+        """Take up the adapters of an earlier life. What was merged into another model stays out of this one."""
         if known := self._jobs.noted("adapters"):
             self._adapters.restore(known)
-            await self._default_lora.restore(known)
+            if known.get("model") == self._args.model_path:
+                await self._default_lora.restore(known)
 
-    async def _set_startup_adapter(self) -> None:
-        """Merge the adapter the server was started with, unless an earlier life with the same one already did."""
-        await self._adapters_known
-        nickname, path, scale = self._startup_adapter
-        if path is None or self._jobs.noted("startup adapter") == [nickname, path, scale]:
+    async def _open_adapters(self) -> None:
+        """Give new jobs the adapter the server was started with, unless a client has chosen otherwise in an earlier
+        life with the same one: then what was chosen. Either is read from its file as it is now."""
+        await self._recalling_adapters
+        args = self._args
+        if args.lora_path is None or self._jobs.noted("startup adapter") == self._startup_adapter:
+            await self._default_lora.reload()
+            self._note_adapters()
             return
         await self._default_lora.unmerge_lora()
-        await self._default_lora.set_lora([LoRARequest(nickname, path, scale)])
+        await self._default_lora.set_lora([LoRARequest(args.lora_nickname, args.lora_path, args.lora_scale)])
         self._note_adapters()
         self._forget_startup_adapter()
 
     @property
-    def _startup_adapter(self) -> tuple[str, str | None, float]:
-        return self._args.lora_nickname, self._args.lora_path, self._args.lora_scale
+    def _startup_adapter(self) -> list[Any]:
+        """As it is noted."""
+        return [self._args.model_path, self._args.lora_nickname, self._args.lora_path, self._args.lora_scale]
 
     def _forget_startup_adapter(self) -> None:
         """It is merged, or a client has chosen otherwise since."""
@@ -209,47 +214,47 @@ class State:
     def _note_adapters(self) -> None:
         of_jobs = {spec.identity for video in self._jobs.unfinished() for spec in video.job.lora}
         adapters = self._adapters.snapshot(of_jobs | self._default_lora.identities)
-        self._jobs.note("adapters", {**adapters, **self._default_lora.snapshot()})
+        self._jobs.note("adapters", {"model": self._args.model_path, **adapters, **self._default_lora.snapshot()})
 
     async def adapters_open(self) -> None:
-        """Return once the adapter the server was started with is merged, or a client has chosen another. One that could
-        not be merged is tried again: the reason may have passed.
+        """Return once new jobs can be given the default adapter of the start or of an earlier life. Where that failed
+        it is tried again: the reason may have passed.
 
         Raises:
-            APIError: it cannot be merged.
+            APIError: 503, no engine reads adapters yet; or whatever is wrong with the adapter of the start.
         """
-        if self._adapters_open.done() and self._adapters_open.exception():
-            self._adapters_open = asyncio.create_task(self._set_startup_adapter())
-        await asyncio.shield(self._adapters_open)
+        if self._opening_adapters.done() and self._opening_adapters.exception():
+            self._opening_adapters = asyncio.create_task(self._open_adapters())
+        await asyncio.shield(self._opening_adapters)
 
     async def set_lora(self, requests: Sequence[LoRARequest]) -> LoRAStatus:
-        await self._adapters_known
+        await self._recalling_adapters
         status = await self._default_lora.set_lora(requests)
         self._note_adapters()
         self._forget_startup_adapter()
         return status
 
     async def merge_lora(self, strength: float | None = None, target: tuple[str, ...] | None = None) -> LoRAStatus:
-        await self._adapters_known
+        await self._recalling_adapters
         status = await self._default_lora.merge_lora(strength, target)
         self._note_adapters()
         return status
 
     async def unmerge_lora(self, target: tuple[str, ...] | None = None) -> LoRAStatus:
-        await self._adapters_known
+        await self._recalling_adapters
         status = await self._default_lora.unmerge_lora(target)
         self._note_adapters()
         self._forget_startup_adapter()
         return status
 
     async def delete_lora(self, nickname: str) -> LoRAStatus:
-        await self._adapters_known
+        await self._recalling_adapters
         status = await self._default_lora.delete_lora(nickname)
         self._note_adapters()
         return status
 
     async def list_loras(self) -> LoRAStatus:
-        await self._adapters_known
+        await self._recalling_adapters
         return self._default_lora.status()
 
     async def lora_for_job(self, requests: Sequence[LoRARequest] | None) -> tuple[LoRASpec, ...]:

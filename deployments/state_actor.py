@@ -28,6 +28,7 @@ LOOK_SECONDS = 10.0
 """Between two looks at whether the application is still there."""
 
 SETTINGS = (
+    "model_path",
     "output_path",
     "state_path",
     "video_ttl",

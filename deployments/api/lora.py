@@ -26,7 +26,7 @@ async def set_lora(request: Request, services: Served) -> LoRAAnswer:
     """Load adapters, merge them, and give them to new jobs."""
     wanted = SetLoRA.parse(await read_fields(request))
     status = await services.state.set_lora(wanted.adapters())
-    return _answer(f"Successfully set LoRA adapter(s): {_composition(status.set)}", status)
+    return _answer(f"Successfully set LoRA adapter(s): {_composition(status.default)}", status)
 
 
 @router.post(
@@ -38,7 +38,7 @@ async def merge_lora_weights(request: Request, services: Served) -> LoRAAnswer:
     """Merge again what was set and then unmerged."""
     wanted = MergeLoRA.parse(await read_fields(request))
     status = await services.state.merge_lora(wanted.strength, tuple(wanted.target) if wanted.target else None)
-    return _answer(f"Successfully merged LoRA weights: {_composition(status.set)}", status)
+    return _answer(f"Successfully merged LoRA weights: {_composition(status.default)}", status)
 
 
 @router.post(
@@ -87,16 +87,19 @@ def _answer(message: str, status: LoRAStatus) -> LoRAAnswer:
     return LoRAAnswer(message="; ".join((message, *status.notes)), **dict(_listing(status)))
 
 
-def _active(status: LoRAStatus) -> dict[str, ActiveAdapters]:
+def _active(status: LoRAStatus) -> dict[str, list[ActiveAdapters]]:
     paths = {adapter.nickname: adapter.path for adapter in status.loaded}
     return {
-        transformer: ActiveAdapters(
-            nickname=",".join(a.nickname for a in active.adapters),
-            nicknames=[a.nickname for a in active.adapters],
-            path=",".join(paths[a.nickname] for a in active.adapters),
-            merged=active.merged,
-            strength=active.adapters[0].strength,
-            strengths=[a.strength for a in active.adapters],
-        )
+        transformer: [
+            ActiveAdapters(
+                nickname=",".join(a.nickname for a in active.adapters),
+                nicknames=[a.nickname for a in active.adapters],
+                path=",".join(paths[a.nickname] for a in active.adapters),
+                merged=active.merged,
+                mode="merged" if active.merged else "unmerged",
+                strength=active.adapters[0].strength,
+                strengths=[a.strength for a in active.adapters],
+            )
+        ]
         for transformer, active in status.active.items()
     }

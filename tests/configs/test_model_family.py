@@ -12,7 +12,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from configs.model_family import ModelFamily, families, family_for, family_in, family_of
+from configs.model_family import ModelFamily, families, family_for, family_in
 from pipelines.job import Job, Task
 from tests import tiny_models
 from tests.tasks import call_parameters
@@ -53,7 +53,7 @@ def test_a_model_on_disk_is_of_its_own_family(name: str, directory: Path) -> Non
 @pytest.mark.parametrize("name", sorted({*tiny_models.FAMILIES, tiny_models.UNKNOWN_FAMILY} - {"sd3.5"}))
 def test_model_index_alone_tells_the_pipeline(name: str, directory: Path) -> None:
     model_index = yaml.safe_load((tiny_models.save(name, directory) / "model_index.json").read_text())
-    family = family_of(model_index)
+    family = family_for(model_index)
     assert (family and family.name) == (None if name == tiny_models.UNKNOWN_FAMILY else name)
 
 
@@ -173,7 +173,7 @@ def test_overrides_replace_fields_key_by_key() -> None:
         {"_class_name": "FluxPipeline"},
         {"defaults": {"num_inference_steps": 8}, "tasks": {"inpaint": "FluxFillPipeline"}, "max_images": 2},
     )
-    plain = family_of({"_class_name": "FluxPipeline"})
+    plain = family_for({"_class_name": "FluxPipeline"})
     assert family is not None
     assert plain is not None
     assert family.defaults == plain.defaults.model_copy(update={"num_inference_steps": 8})

@@ -92,7 +92,7 @@ def test_the_list_tells_what_is_loaded_and_what_is_merged_where(server: Server, 
     (entry,) = (adapter for adapter in listing["loaded_adapters"] if adapter["nickname"] == "lora_a")
     assert (entry["path"], entry["rank"]) == (adapters[0], 4)
     assert entry["num_bytes"] > 0
-    active = listing["active"]["transformer"]
+    (active,) = listing["active"]["transformer"]
     assert (active["nickname"], active["merged"]) == ("lora_a", True)
     assert list(listing["replicas"].values()) == [[{"nickname": "lora_a", "strength": 1.0, "target": ["all"]}]]
     assert set_["replicas"] == listing["replicas"]

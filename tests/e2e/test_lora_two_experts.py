@@ -49,7 +49,7 @@ def set_lora(server: Server, files: dict[str, str], *names: str, **fields: Any) 
 
 
 def active(listing: dict[str, Any]) -> dict[str, tuple[list[str], bool]]:
-    return {name: (entry["nicknames"], entry["merged"]) for name, entry in listing["active"].items()}
+    return {name: (entry["nicknames"], entry["merged"]) for name, (entry,) in listing["active"].items()}
 
 
 def test_one_file_goes_to_both_experts_and_is_told_for_both(gang_of_two: Server, files: dict[str, str]) -> None:

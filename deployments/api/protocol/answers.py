@@ -165,14 +165,16 @@ class ActiveAdapters(Answer):
     nicknames: list[str]
     path: str
     merged: bool
-    mode: Literal["merge"] = "merge"
+    mode: Literal["merged", "unmerged"]
     strength: float
     strengths: list[float]
 
 
 class LoRAList(Answer):
     loaded_adapters: list[LoadedAdapter]
-    active: dict[str, ActiveAdapters] = Field(description="By transformer: what `set_lora` set, merged or not.")
+    active: dict[str, list[ActiveAdapters]] = Field(
+        description="By transformer: what is merged, or was set and then unmerged. A list, as SGLang has it, of one."
+    )
     replicas: dict[str, list[AppliedLoRA]] = Field(
         description="Extension: what is merged into the weights of each engine replica right now."
     )

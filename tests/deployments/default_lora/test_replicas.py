@@ -45,6 +45,17 @@ async def test_a_busy_replica_is_waited_for_as_long_as_it_polls(server: Server) 
     assert nicknames(server.replicas[0].weights) == ["style"]
 
 
+async def test_a_busy_replica_is_known_to_a_state_actor_that_restarts_too(server: Server) -> None:
+    server.replicas[0].busy.clear()
+    setting = asyncio.create_task(server.set("style", "a"))
+    await asyncio.sleep(0.05)
+    server.propagation.version = 2 * server.propagation.version  # the version of one that began anew
+    await asyncio.sleep(0.3)  # three times as long as it takes to be forgotten
+    assert "replica-0" in server.propagation.replicas
+    setting.cancel()
+    server.replicas[0].busy.set()
+
+
 async def test_a_replica_that_died_is_forgotten(server: Server) -> None:
     await server.replicas[0].die()
     async with asyncio.timeout(2):

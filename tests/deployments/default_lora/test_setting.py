@@ -46,7 +46,7 @@ async def test_another_adapter_is_refused_while_one_is_merged(server: Server) ->
     with pytest.raises(APIError, match=r"LoRA 'style' is merged\. Call POST /v1/unmerge_lora_weights first") as refused:
         await server.set("face", "b")
     assert refused.value.status == 409
-    assert nicknames(server.default.status().set) == ["style"]
+    assert nicknames(server.default.status().default) == ["style"]
     assert server.files.loads == ["a"]
 
 
@@ -65,7 +65,7 @@ async def test_unmerge_then_merge_brings_back_the_strengths_that_were_set(server
     await server.default.set_lora([LoRARequest("style", "a", 0.6), LoRARequest("face", "b", 0.35)])
     status = await server.default.unmerge_lora()
     assert (merged(status), server.replicas[1].weights, server.job()) == ([], (), [])
-    assert nicknames(status.set) == ["style", "face"]
+    assert nicknames(status.active["transformer"].adapters) == ["style", "face"]
     await server.default.merge_lora()
     assert server.job() == [("style", "a@1", 0.6), ("face", "b@1", 0.35)]
     await server.default.merge_lora(strength=1.0)
@@ -100,6 +100,14 @@ async def test_what_is_active_is_told_by_transformer(server: Server) -> None:
         "transformer": ["style", "face"],
         "transformer_2": ["style"],
     }
+
+
+async def test_what_is_merged_is_told_with_the_strength_and_the_target_it_was_merged_with(server: Server) -> None:
+    await server.set("style", "a", 0.6)
+    status = await server.default.merge_lora(strength=0.2, target=("transformer",))
+    assert [spec.strength for spec in status.default] == [0.2]
+    told = {name: (active.merged, active.adapters[0].strength) for name, active in status.active.items()}
+    assert told == {"transformer": (True, 0.2), "transformer_2": (False, 0.6)}
 
 
 async def test_an_adapter_for_one_expert_alone_is_active_there_alone(server: Server) -> None:

@@ -125,6 +125,50 @@ async def test_whoever_sets_another_adapter_does_without_that_of_the_start(
     await state.close()
 
 
+async def test_a_file_that_changed_before_a_restart_is_read_anew(
+    args: ServerArgs, engine: LoadingEngine, started_with: Callable[[str], State]
+) -> None:
+    begin: list[Callable[[], State]] = [lambda: State(args, lambda: engine), lambda: started_with("a")]
+    for start in begin:
+        engine.versions["a"] = 1
+        state = start()
+        await state.lora_for_job(None)
+        await state.set_lora([LoRARequest("start", "a", 0.7)])
+        await state.close()
+        engine.versions["a"] = 2
+        later = start()
+        (spec,) = await later.lora_for_job(None)
+        assert (spec.identity, spec.strength) == ("a@2", 0.7)
+        await later.unmerge_lora()
+        await later.close()
+
+
+async def test_a_default_that_is_gone_hinders_only_the_jobs_that_get_it(
+    state: State, args: ServerArgs, engine: LoadingEngine
+) -> None:
+    await state.set_lora([LoRARequest("style", "a")])
+    await state.close()
+    del engine.versions["a"]
+    later = State(args, lambda: engine)
+    await later.adapters_open()
+    assert await later.lora_for_job([]) == ()
+    (spec,) = await later.lora_for_job(None)
+    with pytest.raises(APIError, match="does not exist"):
+        await later.lora_factors(spec.identity)
+    await later.close()
+
+
+async def test_what_was_merged_into_another_model_is_not_merged_into_this_one(
+    state: State, args: ServerArgs, engine: LoadingEngine
+) -> None:
+    await state.set_lora([LoRARequest("style", "a")])
+    await state.close()
+    later = State(args.model_copy(update={"model_path": "/models/another"}), lambda: engine)
+    assert await later.lora_for_job(None) == ()
+    assert [spec.identity for spec in await later.lora_for_job([LoRARequest("style")])] == ["a@1"]
+    await later.close()
+
+
 async def test_a_request_with_a_known_nickname_writes_nothing(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     await state.lora_for_job([LoRARequest("style", "a")])
     monkeypatch.setattr(state._jobs, "note", lambda *args: pytest.fail("written"))

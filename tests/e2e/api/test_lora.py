@@ -70,15 +70,21 @@ def test_the_list_has_the_shape_of_sglangs(server: Server, adapters: tuple[str, 
     assert {"nickname": "a", "path": adapters[0]}.items() <= next(
         adapter for adapter in listing["loaded_adapters"] if adapter["nickname"] == "a"
     ).items()
-    assert listing["active"]["transformer"] == {
-        "nickname": "a",
-        "nicknames": ["a"],
-        "path": adapters[0],
-        "merged": False,
-        "mode": "merge",
-        "strength": 0.5,
-        "strengths": [0.5],
-    }
+    assert listing["active"]["transformer"] == [
+        {
+            "nickname": "a",
+            "nicknames": ["a"],
+            "path": adapters[0],
+            "merged": False,
+            "mode": "unmerged",
+            "strength": 0.5,
+            "strengths": [0.5],
+        }
+    ]
+    merged_again = server.http.post("/v1/merge_lora_weights", json={"strength": 0.25}).json()
+    assert "a (target: all, strength: 0.25)" in merged_again["message"]
+    (entry,) = merged_again["active"]["transformer"]
+    assert (entry["merged"], entry["mode"], entry["strength"]) == (True, "merged", 0.25)
 
 
 def test_a_second_adapter_is_a_conflict_that_clients_do_not_repeat(server: Server, adapters: tuple[str, str]) -> None:
