@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.actor import ActorHandle
-from ray.exceptions import RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -30,12 +30,12 @@ after 5 s, so an answer must come by then."""
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Raise what the other process raised, and 503 when the process is gone, or the deployment is."""
+    """Raise what the other process raised, and 503 when the process is gone, or what it gave, or the deployment."""
     try:
         yield
     except RayTaskError as error:
         raise cause(error) from None
-    except (RayServeException, *PROCESS_LOST) as error:
+    except (RayServeException, ObjectLostError, *PROCESS_LOST) as error:
         if isinstance(error, RayServeException):  # the application is gone, and a new one would not be found
             _engine_client.cache_clear()
         raise APIError(
@@ -95,9 +95,7 @@ class EngineClient:
             with _plain_errors():
                 return await asyncio.wait_for(response, PATIENCE_SECONDS)
         except TimeoutError:
-            raise APIError(
-                503, "The engine is not ready: it is still loading.", code="not_ready", headers={"Retry-After": "5"}
-            ) from None
+            raise APIError(503, "The engine is not ready: it is still loading.", code="not_ready") from None
 
 
 def connect_engine() -> EngineClient:

@@ -155,7 +155,7 @@ def _application(args: ServerArgs, joined: bool) -> Iterator[ServerArgs]:
 
     from deployments.app import build, settle
     from deployments.clients import connect_engine
-    from deployments.losses import PROCESS_LOST
+    from deployments.losses import PROCESS_LOST, cause
     from deployments.state_actor import state_actor
 
     settled = settle(args)
@@ -169,8 +169,8 @@ def _application(args: ServerArgs, joined: bool) -> Iterator[ServerArgs]:
         except RuntimeError as error:
             deployments = serve.status().applications[APPLICATION].deployments.values()
             raise StartFailed(_reason([str(error), *(deployment.message for deployment in deployments)])) from None
-        except APIError as error:
-            raise StartFailed(str(error)) from None
+        except APIError as error:  # of Ray's making: its text is a traceback
+            raise StartFailed(str(cause(error))) from None
         except PROCESS_LOST as error:  # the state actor can't live with its files
             raise StartFailed(_reason([str(error)])) from None
         yield settled

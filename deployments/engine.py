@@ -20,7 +20,7 @@ from deployments import log
 from deployments.adapters import LoadedAdapter
 from deployments.clients import StateClient, connect_engine
 from deployments.cluster import APPLICATION
-from deployments.errors import APIError
+from deployments.errors import APIError, too_late
 from deployments.gang import Gang, GangBroken
 from deployments.metrics import EngineMetrics, Outcome
 from deployments.propagation import Composition, Merged, follow
@@ -101,7 +101,7 @@ class Engine:
         ticket = Ticket(job, media, progress, asker)
         await self._enqueue(ticket)
         try:
-            with self._time_limit(ticket, job.timeout, job.timeout):
+            with self._time_limit(ticket, job.timeout):
                 while not isinstance(event := await ticket.next_event(), Result):
                     yield event
                 yield event
@@ -130,15 +130,13 @@ class Engine:
             self.gang.suspend(self.running.job.id)
 
     @contextmanager
-    def _time_limit(self, ticket: Ticket, limit: float | None, seconds_left: float | None) -> Iterator[None]:
+    def _time_limit(self, ticket: Ticket, seconds: float | None) -> Iterator[None]:
         """Fail a job that is not through the body in time, and free the ranks within a step. None: no limit."""
 
         def expire() -> None:
-            message = f"The job was not done within its {limit:g} s"
-            error = APIError(504, message, code="timeout")
-            self._abandon(ticket, "timeout", error)
+            self._abandon(ticket, "timeout", too_late())
 
-        timer = None if seconds_left is None else asyncio.get_running_loop().call_later(seconds_left, expire)
+        timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, expire)
         try:
             yield
         finally:
@@ -239,7 +237,7 @@ class Engine:
         ticket.begun, ticket.suspended = True, False
         self._let_pictures_pass()
         try:
-            with self._time_limit(ticket, self.args.job_timeout, self._seconds_left(ticket)):
+            with self._time_limit(ticket, self._seconds_left(ticket)):
                 async for event in self.gang.run(ticket.job, ticket.media, ticket.progress):
                     if isinstance(event, Progress):
                         self.metrics.steps(ticket, event.step - ticket.steps_told)

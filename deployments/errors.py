@@ -49,5 +49,9 @@ def _rebuild(status: int, message: str, param: str | None, code: str | None, hea
     return APIError(status, message, param=param, code=code, headers=headers)
 
 
+def too_late() -> APIError:
+    return APIError(504, "The job was not done in time", code="timeout")
+
+
 def not_found(what: str, identifier: str) -> APIError:
     return APIError(404, f"No {what} with id '{identifier}'", code=f"{what.replace(' ', '_')}_not_found")

@@ -114,6 +114,10 @@ class JobStore:
         """Raises `APIError` 404 for one that is unknown, or another tenant's."""
         return self._video(self._row(video_id, tenant))
 
+    def accepted_at(self, video_id: str) -> float:
+        """Unix seconds."""
+        return self._row(video_id)["created_at"]
+
     def attempts(self, video_id: str) -> int:
         """How many times the computation of the job began."""
         return self._row(video_id)["attempts"]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from deployments.content import ContentStore, input_key, video_files
-from deployments.errors import APIError
+from deployments.errors import APIError, too_late
 from deployments.interfaces import Engine, VideoError, VideoStatus
 from deployments.jobs import JobStore
 from deployments.losses import PROCESS_LOST, cause
@@ -69,7 +70,8 @@ class VideoRunner:
         """Stop the job, if it runs, and leave its record as it is. On return the engine's iterator is closed, and
         nothing more is written."""
         if task := self._tasks.get(video_id):
-            task.cancel()
+            if not task.cancelling():  # a second cancellation would break off what the first one waits for
+                task.cancel()
             await asyncio.wait([task])
 
     async def stop_all(self) -> None:
@@ -79,25 +81,31 @@ class VideoRunner:
         try:
             if self._jobs.attempts(job.id) >= self._max_attempts:
                 raise APIError(500, f"Given up after {self._max_attempts} attempts: the server stopped during each")
-            async with self._room():
+            async with self._room(job):
                 inputs = {*job.images} if job.mask is None else {*job.images, job.mask}
                 media = {name: await self._content.read(input_key(job.id, name)) for name in inputs}
                 result = await self._compute(job, media)
             files = video_files(job.id, result.outputs)
-            await self._content.write(files)
-            await self._finish(job, VideoStatus.COMPLETED, files=files, timings=result.seconds)
+            await self._finish(job, VideoStatus.COMPLETED, files, timings=result.seconds)
         except Exception as error:
             logger.warning("video %s failed", job.id, exc_info=True)
-            await self._finish(job, VideoStatus.FAILED, error=_explain(error), files=())
+            await self._finish(job, VideoStatus.FAILED, {}, error=_explain(error))
 
     @asynccontextmanager
-    async def _room(self) -> AsyncIterator[None]:
-        """Room for one job with the engine, in the order in which jobs ask for it."""
-        async with self._next_to_go:
-            # Replicas come and go without a word.
-            while self._at_the_engine >= VIDEOS_PER_REPLICA * max(1, self._num_replicas()):  # noqa: ASYNC110
-                await asyncio.sleep(_ROOM_DELAY_S)
-            self._at_the_engine += 1
+    async def _room(self, job: Job) -> AsyncIterator[None]:
+        """Room for one job with the engine, in the order in which jobs ask for it.
+
+        Raises:
+            APIError: 504; its time is up.
+        """
+        try:
+            async with asyncio.timeout(self._seconds_left(job)), self._next_to_go:
+                # Replicas come and go without a word.
+                while self._at_the_engine >= VIDEOS_PER_REPLICA * max(1, self._num_replicas()):  # noqa: ASYNC110
+                    await asyncio.sleep(_ROOM_DELAY_S)
+                self._at_the_engine += 1
+        except TimeoutError:
+            raise too_late() from None
         try:
             yield
         finally:
@@ -115,9 +123,13 @@ class VideoRunner:
 
     async def _attempt(self, job: Job, media: Media) -> Result:
         """An attempt counts from its step 0, so that jobs which merely wait pay for no other's crash. The engine
-        begins again by itself when its ranks die."""
+        begins again by itself when its ranks die, and is given what is left of the job's time."""
+        seconds_left = self._seconds_left(job)
+        if seconds_left == 0:
+            raise too_late()
         result = None
-        async with aclosing(self._engine().generate(job, media, progress=True)) as events:
+        timed = job.model_copy(update={"timeout": seconds_left})
+        async with aclosing(self._engine().generate(timed, media, progress=True)) as events:
             async for event in events:
                 if isinstance(event, Progress):
                     if event.step == 0:
@@ -129,11 +141,19 @@ class VideoRunner:
             raise RuntimeError("the engine ended without a result")
         return result
 
-    async def _finish(self, job: Job, status: VideoStatus, **record: Any) -> None:
-        """Record how the job ended, as soon as that can be written: else it would count as unfinished for ever."""
+    def _seconds_left(self, job: Job) -> float | None:
+        """Of the job's `timeout`, which began when it was accepted. None: it has none."""
+        if job.timeout is None:
+            return None
+        return max(0.0, self._jobs.accepted_at(job.id) + job.timeout - time.time())
+
+    async def _finish(self, job: Job, status: VideoStatus, files: Mapping[str, bytes], **record: Any) -> None:
+        """Store the files and record how the job ended, as soon as that can be written: else what was computed would
+        be lost, or the job count as unfinished for ever."""
         while True:
             try:
-                unneeded = self._jobs.transition(job.id, status, **record)
+                await self._content.write(files)
+                unneeded = self._jobs.transition(job.id, status, files=files, **record)
                 break
             except sqlite3.OperationalError:
                 logger.exception("that video %s is %s can't be recorded yet", job.id, status)

@@ -26,12 +26,18 @@ half a second later, a generation that failed was already tried again where that
 client's own."""
 
 
+RETRY_AFTER_SECONDS = "5"
+"""When a part of the server that is not there may be back, unless who says so knows better: most are within ten."""
+
+
 def error_object(error: APIError) -> dict[str, str | None]:
     return {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
 
 
 def error_response(error: APIError) -> JSONResponse:
     headers = dict(error.headers)
+    if error.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers.setdefault("Retry-After", RETRY_AFTER_SECONDS)
     if error.status in FINAL:
         headers["x-should-retry"] = "false"
     return JSONResponse({"error": error_object(error), "detail": error.message}, error.status, headers)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, OwnerDiedError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from deployments.adapters import LoadedAdapter
 from deployments.clients import EngineClient
 from deployments.errors import APIError
 from pipelines.job import Job, Progress, Task
@@ -64,3 +66,14 @@ async def test_an_engine_that_is_gone_is_told_as_a_server_that_restarts(error: E
         await events(client(Stream(error), Stream(error)), task)
     assert (restarting.value.status, restarting.value.code) == (503, "restarting")
     assert restarting.value.headers == {"Retry-After": "2"}
+
+
+async def test_an_adapter_whose_rank_died_before_it_was_fetched_is_to_be_read_again() -> None:
+    lost: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    lost.set_exception(OwnerDiedError("00", b"", "00"))
+    loaded: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    loaded.set_result(LoadedAdapter("a@1", lost, 4, 100))
+    handle: Any = SimpleNamespace(load_lora=SimpleNamespace(remote=lambda path: loaded), options=lambda stream: None)
+    with pytest.raises(APIError) as restarting:
+        await EngineClient(handle).load_lora("a")
+    assert restarting.value.status == 503

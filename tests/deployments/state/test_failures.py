@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from pipelines.job import InvalidJob, Job
 from tests.deployments.state.videos import (
     INPUTS,
     MAX_ATTEMPTS,
+    VIDEO_1_FILES,
     a_job,
     assert_never_goes_back,
     files,
@@ -150,6 +151,22 @@ class TestFailure:
         assert (await finished(state)).status is (VideoStatus.FAILED if engines_error else VideoStatus.COMPLETED)
         assert full == []
         assert engine.journal("video_1").count("began") == 1
+        await state.close()
+
+    async def test_to_record_the_files_is_waited_out(self, args, engine, monkeypatch):
+        reserve, full = JobStore.reserve, [sqlite3.OperationalError("database or disk is full")] * 3
+
+        def reserve_on_a_full_disk(jobs: JobStore, sizes: Mapping[str, int]) -> None:
+            if any(key.startswith("videos/") for key in sizes) and full:
+                raise full.pop()
+            reserve(jobs, sizes)
+
+        monkeypatch.setattr(JobStore, "reserve", reserve_on_a_full_disk)
+        state = State(args, lambda: engine)
+        await state.create_video(a_job(), INPUTS, "wan")
+        assert (await finished(state)).status is VideoStatus.COMPLETED
+        assert engine.journal("video_1") == ["began", "ended"]
+        assert files(args) == VIDEO_1_FILES
         await state.close()
 
     async def test_of_the_engine_at_every_attempt_fails_the_job_in_the_end(self, args, tmp_path):

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 
 import pytest
 
 from configs.server_args import ServerArgs
 from deployments import video_runner
+from deployments.interfaces import VideoError
 from deployments.state import State
 from deployments.video_runner import VIDEOS_PER_REPLICA
+from pipelines.job import Event, Job, Media
 from tests.deployments.state.videos import INPUTS, a_job, finished, until
 from tests.deployments.step_engine import StepEngine
 
 IDS = [f"video_{number}" for number in range(3 * VIDEOS_PER_REPLICA)]
+
+LATE = "video_late"
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +63,32 @@ async def test_a_video_that_waits_is_deleted_at_once_and_leaves_its_place(state:
     await asyncio.wait_for(state.delete_video(IDS[VIDEOS_PER_REPLICA]), 1)
     engine.allow(IDS[0], 4)
     await until(lambda: begun(engine) == [*IDS[:VIDEOS_PER_REPLICA], IDS[VIDEOS_PER_REPLICA + 1]])
+
+
+async def test_the_time_of_a_video_begins_when_it_is_accepted(state: State, engine: StepEngine) -> None:
+    await fill(state, engine)
+    await state.create_video(a_job(LATE, timeout=0.2), INPUTS, "wan")
+    late = await finished(state, LATE)
+    assert late.error == VideoError("timeout", "The job was not done in time")
+    assert begun(engine) == IDS[:VIDEOS_PER_REPLICA]
+    assert engine.journal(LATE) == []
+
+
+async def test_the_engine_is_given_what_is_left_of_a_videos_time(
+    state: State, engine: StepEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Job] = []
+    generate = engine.generate
+
+    def noted(job: Job, media: Media, *, progress: bool) -> AsyncGenerator[Event, None]:
+        given.append(job)
+        return generate(job, media, progress=progress)
+
+    monkeypatch.setattr(engine, "generate", noted)
+    await state.create_video(a_job(LATE, timeout=60), INPUTS, "wan")
+    await finished(state, LATE)
+    assert given[0].timeout is not None
+    assert 50 < given[0].timeout < 60
 
 
 async def test_all_of_them_are_done_in_the_end(args: ServerArgs, engine: StepEngine) -> None:

@@ -140,7 +140,8 @@ class TestDeletion:
         await until(lambda: files(args) == VIDEO_1_FILES)
         assert [video.job.id for video in (await state.list_videos(None, 10, "desc")).videos] == ["video_1"]
 
-    async def test_while_the_result_is_being_written_leaves_nothing(self, state, args, monkeypatch):
+    @pytest.mark.parametrize("times", [1, 2])
+    async def test_while_the_result_is_being_written_leaves_nothing(self, state, args, monkeypatch, times):
         writing, go_on = threading.Event(), threading.Event()
         put = Storage.put
 
@@ -153,11 +154,14 @@ class TestDeletion:
         monkeypatch.setattr(Storage, "put", slow_put)
         await state.create_video(a_job(), INPUTS, "wan")
         await until(writing.is_set)
-        deletion = asyncio.create_task(state.delete_video("video_1"))
-        await asyncio.sleep(0.05)
-        assert not deletion.done()
+        deletions = []
+        for _ in range(times):
+            deletions.append(asyncio.create_task(state.delete_video("video_1")))
+            await asyncio.sleep(0.05)
+        assert not any(deletion.done() for deletion in deletions)
         go_on.set()
-        await deletion
+        await deletions[0]
+        await asyncio.wait(deletions)
         assert files(args) == set()
 
     async def test_twice_at_once_succeeds_once(self, state, engine):
