@@ -11,7 +11,7 @@ from uuid import uuid4
 from configs.model_family import ModelCard, ModelFamily, SamplingDefaults
 from configs.server_args import ServerArgs
 from deployments import log
-from deployments.api.inputs import Picture, input_image, input_mask
+from deployments.api.inputs import Upload, input_image, input_mask
 from deployments.api.protocol.requests import (
     GenerationRequest,
     ImageEditRequest,
@@ -23,7 +23,7 @@ from deployments.api.services import Services
 from deployments.errors import APIError
 from deployments.interfaces import LoRARequest
 from deployments.keys import Caller
-from pipelines.job import Job, LoRASpec, Media, Task, content_key
+from pipelines.job import Job, LoRASpec, Media, Task
 
 MAX_RANDOM_SEED = 2**32
 """Seeds drawn for clients stay below this, so that any JSON parser reads them exactly (doubles hold 53 bits)."""
@@ -56,11 +56,12 @@ class Submission:
 async def image_submission(wanted: ImageRequest, services: Services) -> Submission:
     """Raises `APIError` and `InvalidJob`, naming the parameter at fault."""
     card = await services.engine.card()
-    images: list[Picture] = []
+    images: list[Upload] = []
     mask = None
     if isinstance(wanted, ImageEditRequest):
         task = Task.IMAGE_EDIT if wanted.mask is None else Task.INPAINT
-        _require(card, task, *(("image", "image is") if wanted.mask is None else ("mask", "mask is")))
+        param = "image" if wanted.mask is None else "mask"
+        _require(card, task, param, f"{param} is")
         if len(wanted.image) > card.family.max_images:
             raise _refused("image", f"{card.id} takes at most {card.family.max_images} input image(s)")
         images = [await input_image(image, "image", services.args) for image in wanted.image]
@@ -86,7 +87,7 @@ async def video_submission(wanted: VideoRequest, services: Services) -> Submissi
     card = await services.engine.card()
     if not any(Task(name).is_video for name in card.family.tasks):
         raise _refused("model", f"{card.id} makes no videos. It can do: {_abilities(card)}")
-    images: list[Picture] = []
+    images: list[Upload] = []
     if wanted.input_reference is None:
         task = Task.TEXT_TO_VIDEO
         _require(card, task, "input_reference", "a video without input_reference is")
@@ -121,8 +122,8 @@ async def _submission(
     task: Task,
     wanted: GenerationRequest,
     services: Services,
-    images: list[Picture],
-    mask: bytes | None = None,
+    images: list[Upload],
+    mask: Upload | None = None,
     **output: Any,
 ) -> Submission:
     log.job_id.set(job_id)
@@ -133,7 +134,6 @@ async def _submission(
         default_size = size_like(images[0].size, default_size, card.family.size_multiple)
     width, height = _frame_size(wanted, default_size, services.args.max_pixels, card.family.size_multiple)
     _require_tokens(services.args.parallel.sp_degree, wanted, card.family, width, height, output.get("num_frames", 1))
-    inputs = [image.data for image in images]
     job = Job(
         id=job_id,
         task=task,
@@ -143,13 +143,14 @@ async def _submission(
         num_inference_steps=wanted.num_inference_steps or defaults.num_inference_steps,
         seeds=_seeds(wanted),
         timeout=wanted.timeout,
-        images=tuple(content_key(data) for data in inputs),
-        mask=None if mask is None else content_key(mask),
+        images=tuple(image.key for image in images),
+        mask=mask and mask.key,
         **_family_parameters(wanted, card, task, defaults),
         lora=await _adapters(wanted, services),
         **output,
     )
-    return Submission(job, {content_key(data): data for data in [*inputs, *([mask] if mask is not None else [])]})
+    inputs = images if mask is None else [*images, mask]
+    return Submission(job, {upload.key: upload.data for upload in inputs})
 
 
 async def _adapters(wanted: GenerationRequest, services: Services) -> tuple[LoRASpec, ...]:

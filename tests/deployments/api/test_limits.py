@@ -10,7 +10,9 @@ import httpx2
 import numpy as np
 import pytest
 
+from deployments.api.body import MAX_TEXT_BYTES
 from deployments.api.jobs import MAX_SIDE
+from deployments.api.multipart import MAX_PARTS
 from pipelines.media import encode_image, encode_video
 from tests.deployments.api.small_server import client, running_app
 from tests.e2e.pictures import picture
@@ -110,6 +112,21 @@ async def test_a_picture_as_large_as_allowed_is_accepted_and_one_byte_more_is_no
         ):
             assert answer.status_code == status, answer.text
             assert status == 200 or answer.json()["error"]["code"] == "file_too_large"
+
+
+@pytest.mark.parametrize(
+    ("form", "status", "code"),
+    [
+        (b"prompt=" + b"%41" * (MAX_TEXT_BYTES // 3), 413, "request_too_large"),
+        (b"prompt=p" + b"&a" * MAX_PARTS, 400, "invalid_form"),
+    ],
+)
+async def test_a_urlencoded_form_has_room_for_texts_alone(
+    http: httpx2.AsyncClient, form: bytes, status: int, code: str
+) -> None:
+    kind = {"content-type": "application/x-www-form-urlencoded"}
+    answer = await http.post("/v1/videos", content=form, headers=kind)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
 
 @pytest.mark.parametrize("path", ["/v1/images/edits", "/v1/videos", "/v1/images/generations", "/v1/set_lora"])

@@ -185,6 +185,7 @@ def test_what_is_not_a_picture(server: Server, painter: Server, upload: bytes) -
         "file:///etc/passwd",
         "/etc/passwd",
         "data:image/png;base64,!!!",
+        "data:image/png,%89PNG",
         "data:image/png;base64",
         "data:image/png;base64," + b64encode(b"no picture").decode(),
         {"image_url": "https://example.com/picture.png"},
