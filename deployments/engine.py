@@ -213,7 +213,7 @@ class Engine:
                 await self._compute(ticket)
                 return
             except JobFailed as failed:
-                raise APIError(500, f"The generation failed: {failed}", code="generation_failed") from None
+                raise _failed(failed) from None
             except GangBroken as broken:
                 ticket.breaks += 1
                 ticket.begun = False
@@ -221,6 +221,8 @@ class Engine:
                 await self._rebuild()
                 if ticket.ended:
                     raise Stopped(ticket.job.id) from None
+                if broken.failure is not None:
+                    raise _failed(broken.failure) from None
                 if ticket.breaks > retries:
                     message = f"The job broke its workers {ticket.breaks} times: {broken}"
                     raise APIError(500, message, code="worker_failed") from None
@@ -317,6 +319,10 @@ class Engine:
         """See `adapters.AdapterLoader`."""
         with _refused_adapter():
             return await self.gang.load_lora(path)
+
+
+def _failed(failure: JobFailed) -> APIError:
+    return APIError(500, f"The generation failed: {failure}", code="generation_failed")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from configs.server_args import ServerArgs
 from deployments.adapters import LoadedAdapter
 from deployments.errors import APIError
 from deployments.losses import PROCESS_LOST, cause
-from deployments.rank import Rank, WeightsLost
+from deployments.rank import Rank, TooLarge, WeightsLost
 from deployments.stall import Stalled
 from pipelines.job import Event, Job, LoRASpec, Media, Result
 from pipelines.reasons import first_line
@@ -45,6 +45,11 @@ T = TypeVar("T")
 
 class GangBroken(Exception):
     """A rank died, hung, or left the others: all of them must be replaced."""
+
+    def __init__(self, message: str, failure: TooLarge | None = None):
+        """`failure` is what the job did to one of them, if it would do it to the next as well."""
+        super().__init__(message)
+        self.failure = failure
 
 
 class Gang:
@@ -163,9 +168,9 @@ class Gang:
             await self._all_end(followers)
         except GangBroken:
             raise
-        except Exception:
+        except Exception as error:
             # The ranks act alike, so each of them ends with this error; one that does not is stuck.
-            await self._all_end(followers)
+            await self._all_end(followers, error)
             raise
         finally:
             for follower in followers:
@@ -186,22 +191,24 @@ class Gang:
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 if not done:
-                    raise GangBroken(f"a rank failed alone: {first_line(failures[0])}")
+                    raise GangBroken(f"a rank failed alone: {first_line(failures[0])}", _too_large(failures[0]))
                 if self._watch in done and not arriving.done():
                     self._watch.result()
             return arriving.result()
         finally:
             arriving.cancel()
 
-    async def _all_end(self, followers: Sequence[asyncio.Future[Any]]) -> None:
+    async def _all_end(self, followers: Sequence[asyncio.Future[Any]], error: Exception | None = None) -> None:
+        """Return once the other ranks have ended the job, as rank 0 has, with `error` or well. Raises `GangBroken`."""
         if not followers:
             return
         _, pending = await asyncio.wait(followers, timeout=AGREEMENT_SECONDS)
         if pending:
-            raise GangBroken(f"{len(pending)} of {len(self.ranks)} ranks did not end the job with the others")
+            message = f"{len(pending)} of {len(self.ranks)} ranks did not end the job with the others"
+            raise GangBroken(message, _too_large(error))
         for follower in followers:
-            if isinstance(error := follower.exception(), GangBroken):
-                raise error
+            if isinstance(lost := follower.exception(), GangBroken):
+                raise lost
 
     def stop(self, job_id: str) -> None:
         """End the running job at its current step; `run` then raises `Stopped`."""
@@ -303,6 +310,10 @@ class Gang:
         for rank in self.ranks:
             ray.kill(rank)
         self.ranks = []
+
+
+def _too_large(error: BaseException | None) -> TooLarge | None:
+    return error if isinstance(error, TooLarge) else None
 
 
 async def _result(reference: Any) -> Any:

@@ -25,7 +25,13 @@ from configs.model_family import ModelCard
 from configs.server_args import ServerArgs
 from deployments import log
 from deployments.adapters import LoadedAdapter
-from deployments.rank_process import cheap_imports, have_gloo_listen_on, have_threads_spin_briefly, threads_for
+from deployments.rank_process import (
+    cheap_imports,
+    end_if_device_is_lost,
+    have_gloo_listen_on,
+    have_threads_spin_briefly,
+    threads_for,
+)
 from deployments.stall import Advance
 from pipelines.job import (
     Event,
@@ -78,6 +84,10 @@ class WeightsLost(Exception):
 
 class JobFailed(Exception):
     """The pipeline failed. Only the message crosses to the engine: the original class may need torch to be read."""
+
+
+class TooLarge(JobFailed):
+    """The job does not fit into the memory of a rank's device, and will not another time."""
 
 
 class Rank:
@@ -192,14 +202,19 @@ class Rank:
         except Exception as error:
             with log.about(job.id):
                 logger.exception("the generation failed")
+            end_if_device_is_lost(self.model.device)
             if isinstance(error, FailedAlone) and self.mesh is not None:
                 self.mesh.agree(Decision.STOP)  # where the others wait, or will
-            reason = error.__cause__ if isinstance(error, FailedAlone) else error
-            raise JobFailed(f"{type(reason).__name__}: {reason}") from None
+            failure = _in_words(error)
+        else:
+            return
         finally:
             self._orders.pop(job.id, None)
             if job.id not in self._suspended:
                 generation.close()
+        # Only here, where nothing refers to `error` any more: raised within the handler, or kept by name, it would be
+        # part of a cycle that keeps the pipeline's frames, and in them latents and activations, until a later job.
+        raise failure
 
     def _agree(self, job_id: str) -> Decision:
         decision = self._orders.pop(job_id, Decision.GO_ON)
@@ -292,3 +307,11 @@ class Rank:
         """
         self._advance.check()
         return os.getpid()
+
+
+def _in_words(error: Exception) -> JobFailed:
+    import torch
+
+    reason = error.__cause__ if isinstance(error, FailedAlone) else error
+    kind = TooLarge if isinstance(reason, torch.OutOfMemoryError) else JobFailed
+    return kind(f"{type(reason).__name__}: {reason}")

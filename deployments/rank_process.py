@@ -1,13 +1,20 @@
-"""What a rank's process is told before it computes: before torch is imported, and before the gang meets."""
+"""What concerns a rank's process and not its jobs: threads, imports, the network, and when it had better end."""
 
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
 
 SPIN_COUNT = "10000"
 """How often a thread of libgomp looks for work before it sleeps: for a fraction of a millisecond, which is shorter than
@@ -64,3 +71,18 @@ def have_gloo_listen_on(address: str) -> None:
     for interface, addresses in psutil.net_if_addrs().items():
         if address in (each.address for each in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def end_if_device_is_lost(device: torch.device) -> None:
+    """End this process if its CUDA context is: after an illegal address, say, every further call gives that error again
+    for as long as the process lives. The gang notices its end, and another process loads the model. To be out of memory
+    is none of these errors."""
+    if device.type == "cpu":
+        return
+    import torch
+
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        logger.exception("the device is lost to this process, which ends")
+        os._exit(1)

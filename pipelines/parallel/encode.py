@@ -56,7 +56,10 @@ def shared(encode: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
         dist.broadcast_object_list(announced, group_src=0, group=mesh.control)
         blanks, error = announced
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:  # a frame that it refers to must not refer to it: the cycle would keep what the encoder computed
+                del error, announced
         if mesh.rank != 0:
             encoded = tree_map_only(Blank, lambda b: torch.empty(b.shape, dtype=b.dtype, device=mesh.device), blanks)
 

@@ -15,7 +15,7 @@ from deployments.cluster import APPLICATION
 from deployments.engine import Engine
 from deployments.errors import APIError
 from deployments.gang import GangBroken
-from deployments.rank import Stopped, Suspended
+from deployments.rank import Stopped, Suspended, TooLarge
 from pipelines.job import Event, Job, Media, Output, Progress, Result, Task
 
 
@@ -29,6 +29,8 @@ class StepwiseGang:
         self.began: list[str] = []
         self.breaks_under: list[str] = []
         """Jobs under which it breaks, each time they are named here."""
+        self.failure: TooLarge | None = None
+        """Why it breaks, if that is the job's own fault."""
         self.tells_every = 1
         """Of so many steps one is told."""
         self._orders: dict[str, type[Exception]] = {}
@@ -57,7 +59,7 @@ class StepwiseGang:
         self.began.append(job.id)
         if job.id in self.breaks_under:
             self.breaks_under.remove(job.id)
-            raise GangBroken("rank 0 died")
+            raise GangBroken("rank 0 died", self.failure)
         for step in range(job.num_inference_steps):
             await self._steps.acquire()
             if order := self._orders.pop(job.id, None):
@@ -207,6 +209,15 @@ async def test_a_picture_that_breaks_its_gang_twice_is_given_up_with_the_reason(
     assert (given_up.value.status, given_up.value.code) == (500, "worker_failed")
     engine.gang.allow(5)
     await asyncio.wait_for(anext(engine.generate(PICTURE, {}, False)), 5)
+
+
+async def test_a_job_that_is_too_large_for_the_gang_breaks_it_once(engine: Engine) -> None:
+    engine.gang.breaks_under = 2 * ["video_1"]
+    engine.gang.failure = TooLarge("OutOfMemoryError: 80 GB")
+    with pytest.raises(APIError, match="The generation failed: OutOfMemoryError: 80 GB") as failed:
+        await asyncio.wait_for(asked_for(engine), 5)
+    assert (failed.value.status, failed.value.code) == (500, "generation_failed")
+    assert engine.gang.began == ["video_1"]
 
 
 async def test_a_video_that_gave_way_pays_no_attempt_for_a_break_under_the_picture(engine: Engine) -> None:

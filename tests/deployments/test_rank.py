@@ -1,14 +1,21 @@
-"""What a rank tells of its steps, and with how many threads it takes them."""
+"""What a rank tells of its steps and its failures, and with how many threads it takes them."""
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from deployments.rank import PROGRESS_SECONDS, Rank
-from deployments.rank_process import threads_for
+from deployments import rank as rank_module
+from deployments.rank import PROGRESS_SECONDS, JobFailed, Rank, TooLarge
+from deployments.rank_process import end_if_device_is_lost, threads_for
+from deployments.stall import Advance
+from pipelines import generation
 from pipelines.job import Event, Job, Media, OutputDone, Preview, Progress, Result, Task
 
 JOB = Job(id="job", task=Task.TEXT_TO_IMAGE, prompt="p", width=64, height=64, num_inference_steps=4, seeds=(1,))
@@ -43,6 +50,64 @@ def test_of_quick_steps_the_first_and_the_last_are_told() -> None:
 
 def test_no_step_is_told_to_who_does_not_ask() -> None:
     assert list(PacedRank(0).lead(JOB, {}, progress=False)) == END
+
+
+class FailingRank(Rank):
+    """Computes a step, and fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception]):
+        self.model = SimpleNamespace(device=torch.device("cpu"))  # type: ignore[assignment]
+        self.weights, self.cores, self.mesh = 0, 1, None
+        self._orders, self._suspended, self._advance = {}, {}, Advance()
+        self.latents: weakref.ref[Latents]
+
+        def fail(model: object, job: Job, media: Media) -> Iterator[Event]:
+            latents = Latents()
+            self.latents = weakref.ref(latents)
+            yield Progress(1, 4)
+            raise error()
+
+        monkeypatch.setattr(generation, "generate", fail)
+        monkeypatch.setattr(rank_module.logger, "disabled", True)  # pytest keeps what is logged, with its frames
+
+
+class Latents:
+    """What takes gigabytes on a GPU."""
+
+
+@pytest.fixture
+def no_cycle_collector() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [(ArithmeticError, JobFailed), (torch.OutOfMemoryError, TooLarge)],
+)
+def test_a_failed_job_is_told_in_words_and_leaves_nothing_in_memory(
+    monkeypatch: pytest.MonkeyPatch, no_cycle_collector: None, error: type[Exception], failure: type[JobFailed]
+) -> None:
+    rank = FailingRank(monkeypatch, lambda: error("no way"))
+    with pytest.raises(failure, match=f"{error.__name__}: no way"):
+        rank.follow(JOB, {})
+    assert rank.latents() is None
+
+
+def test_a_process_ends_that_cannot_compute_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", ended.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    end_if_device_is_lost(torch.device("cuda"))
+    assert ended == []
+
+    def lost(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    end_if_device_is_lost(torch.device("cuda"))
+    assert ended == [1]
 
 
 @pytest.mark.parametrize(

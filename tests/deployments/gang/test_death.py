@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import psutil
@@ -114,6 +115,30 @@ async def test_a_rank_without_memory_breaks_the_gang_and_a_restart_heals_it(
     victim.rlimit(psutil.RLIMIT_AS, (victim.memory_info().vms,) * 2)
     with pytest.raises(GangBroken, match=r"failed alone|died"):
         await asyncio.wait_for(events_of(gang, job("large", width=2048, height=2048)), timeout=60)
+    await heals(gang)
+
+
+async def test_what_is_too_large_for_the_leader_alone_breaks_the_gang_with_that_reason(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It alone has the encoders, say; the others wait for it in a collective."""
+
+    def run_out_of_memory(rank: Rank) -> None:
+        import torch
+
+        from pipelines import generation
+
+        def no_memory(*_: object) -> Iterator[Event]:
+            raise torch.OutOfMemoryError("80 GB")
+            yield
+
+        generation.generate = no_memory
+
+    monkeypatch.setattr(gang_module, "AGREEMENT_SECONDS", 1.0)
+    await on(gang.ranks[0], run_out_of_memory)
+    with pytest.raises(GangBroken, match="did not end the job with the others") as broken:
+        await asyncio.wait_for(events_of(gang, job("large for one")), timeout=15)
+    assert str(broken.value.failure) == "OutOfMemoryError: 80 GB"
     await heals(gang)
 
 
