@@ -84,6 +84,8 @@ class ModelFamily(BaseModel):
     """Width and height the model computes are multiples of this; other sizes are computed larger and cropped."""
     frame_multiple: int = 1
     """Clips have `frame_multiple * k + 1` frames; other lengths are computed longer and trimmed."""
+    max_sequence_length: int | None = None
+    """Tokens that a prompt is cut or filled up to. None: as many as its pipelines take by default."""
     max_images: int = 1
     """Input images one request may have."""
     sharded: bool = True

@@ -64,6 +64,7 @@ def call_arguments(
         "guidance_scale_2": job.guidance_scale_2,
         "true_cfg_scale": job.true_cfg_scale,
         "strength": job.strength,
+        "max_sequence_length": family.max_sequence_length,
         # Kontext scales the asked size to this area, about a megapixel if left out.
         "max_area": canvas.width * canvas.height,
     }

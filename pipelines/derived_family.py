@@ -6,6 +6,7 @@ Importing diffusers' table of related pipelines imports them all, so this module
 from __future__ import annotations
 
 import inspect
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,14 +23,21 @@ from pipelines.job import Task
 REQUEST_PARAMETERS = ("negative_prompt", "guidance_scale", "guidance_scale_2", "true_cfg_scale", "strength")
 """Parameters of a request that pipelines know by the same name."""
 
+SPATIAL_FACTORS = (
+    "vae_scale_factor_spatial",
+    "vae_spatial_scale_factor",
+    "vae_spatial_compression_ratio",
+    "vae_scale_factor",
+)
+TEMPORAL_FACTORS = ("vae_scale_factor_temporal", "vae_temporal_scale_factor", "vae_temporal_compression_ratio")
+"""What pipelines call the pixels, and the frames, that their VAE makes one latent of."""
+
 
 def derive_family(pipeline: DiffusionPipeline) -> ModelFamily:
     """The tasks, parameters, limits and defaults that the pipeline's class declares. It serves on one rank."""
     name = type(pipeline).__name__
     tasks = tasks_of(type(pipeline))
-    accepted: dict[str, Any] = {}
-    for pipeline_class in reversed(tasks.values()):
-        accepted |= call_defaults(pipeline_class)
+    accepted = ChainMap(*[dict(call_defaults(pipeline_class)) for pipeline_class in tasks.values()])
     parameters = {parameter for parameter in REQUEST_PARAMETERS if parameter in accepted}
     if "num_frames" in accepted:
         parameters |= {"num_frames", "fps"}
@@ -50,8 +58,8 @@ def derive_family(pipeline: DiffusionPipeline) -> ModelFamily:
             strength=accepted.get("strength"),
         ),
         # Latents are cut in patches of two at most.
-        size_multiple=2 * scale_factor(pipeline, "vae_scale_factor_spatial", "vae_scale_factor", default=8),
-        frame_multiple=scale_factor(pipeline, "vae_scale_factor_temporal", "vae_temporal_compression_ratio", default=1),
+        size_multiple=2 * scale_factor(pipeline, *SPATIAL_FACTORS, default=8),
+        frame_multiple=scale_factor(pipeline, *TEMPORAL_FACTORS, default=1),
         sharded=False,
     )
 
@@ -94,7 +102,7 @@ def native_edge(pipeline: DiffusionPipeline) -> int:
         sample_size = sample_size or config.get("sample_size")
     if not isinstance(sample_size, int):
         return 512
-    return sample_size * scale_factor(pipeline, "vae_scale_factor_spatial", "vae_scale_factor", default=8)
+    return sample_size * scale_factor(pipeline, *SPATIAL_FACTORS, default=8)
 
 
 def scale_factor(pipeline: DiffusionPipeline, *names: str, default: int) -> int:

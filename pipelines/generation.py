@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,20 +77,21 @@ class Generation:
             self.model.guidance.attend(pipeline.scheduler)
         refuse_as_invalid_job(pipeline)
         pipeline.progress_bar = self._progress_bar
-        encode_prompt = pipeline.encode_prompt
+        # Those of a suspended job leave too, or an encoder that takes turns with them would find no room.
+        self.model.rest_transformers()
 
         outputs = []
         try:
             for seed in job.seeds:
                 self.stopwatch.enter("encode")
-                pipeline.encode_prompt = recorded(encode_prompt, self._encodings)
-                pixels = pipeline(
-                    **self._arguments,
-                    # On the CPU, a seed gives the same noise whatever the device.
-                    generator=torch.Generator("cpu").manual_seed(seed),
-                    output_type="pt" if self._leads else "latent",
-                    return_dict=False,
-                )[0]
+                with encoded_once(pipeline, self._encodings):
+                    pixels = pipeline(
+                        **self._arguments,
+                        # On the CPU, a seed gives the same noise whatever the device.
+                        generator=torch.Generator("cpu").manual_seed(seed),
+                        output_type="pt" if self._leads else "latent",
+                        return_dict=False,
+                    )[0]
                 self._pace.finish()
                 self.stopwatch.enter("media")
                 if self._leads:
@@ -118,7 +120,10 @@ class Generation:
         return StepBar(range(total) if total is not None else list(iterable or ()), self._step_done)
 
     def _step_done(self, step: int, steps: int) -> None:
-        self._pace.step()
+        if step < steps:
+            self._pace.step()
+        else:
+            self._pace.finish()
         if self._estimate is not None and self._outputs_done == 0:
             self._give_preview(self._estimate, step, preview_steps(steps, self.job.partial_images))
         self._give(Progress(self._outputs_done * steps + step, len(self.job.seeds) * steps))
@@ -131,9 +136,9 @@ class Generation:
             return
         # Unshared: the other ranks give no previews and would not meet this one in a collective.
         pipeline = self.model.unshared_pipeline_for(self.job.task)
-        pipeline.encode_prompt = recorded(pipeline.encode_prompt, self._encodings)
         try:
-            pixels = decode_latents(pipeline, estimate.latents(), self._arguments)
+            with encoded_once(pipeline, self._encodings):
+                pixels = decode_latents(pipeline, estimate.latents(), self._arguments)
             frame = to_frame(asked_frames(pixels, self.job, self._canvas)[0])
             data = encode_image(frame, self.job.output_format, self.job.output_compression)
         except Exception as error:
@@ -155,12 +160,18 @@ def with_flow_shift(scheduler: Any, flow_shift: float) -> Any:
     return type(scheduler).from_config(scheduler.config, **{name: flow_shift, "use_dynamic_shifting": False})
 
 
-def recorded(encode_prompt: Callable[..., Any], recording: list[Any]) -> Callable[..., Any]:
-    """`encode_prompt` with a memory: the n-th call gives the n-th entry of `recording`, computed if not there yet.
+@contextmanager
+def encoded_once(pipeline: DiffusionPipeline, recording: list[Any]) -> Iterator[None]:
+    """Give `pipeline.encode_prompt`, where there is one, a memory: its n-th call gives the n-th entry of `recording`,
+    computed if not there yet.
 
     By order and not by argument, since each call of a pipeline for one job makes the same calls of `encode_prompt`,
     and in a gang a call is a collective, which all ranks must make or none.
     """
+    if not hasattr(pipeline, "encode_prompt"):
+        yield
+        return
+    encode_prompt = pipeline.encode_prompt
     numbers = itertools.count()
 
     def recorded_encode_prompt(*args: Any, **kwargs: Any) -> Any:
@@ -169,7 +180,11 @@ def recorded(encode_prompt: Callable[..., Any], recording: list[Any]) -> Callabl
             recording.append(encode_prompt(*args, **kwargs))
         return recording[number]
 
-    return recorded_encode_prompt
+    pipeline.encode_prompt = recorded_encode_prompt
+    try:
+        yield
+    finally:
+        pipeline.encode_prompt = encode_prompt
 
 
 def refuse_as_invalid_job(pipeline: DiffusionPipeline) -> None:

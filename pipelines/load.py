@@ -99,11 +99,13 @@ def load_model(args: ServerArgs, mesh: Mesh | None = None) -> Model:
     _, vae_class = model_index.get("vae", (None, None))
     vae_dtype = resolve_vae_dtype(args.dtype, device, vae_class)
     leads = mesh is None or mesh.rank == 0
+    offloaded = args.dit_cpu_offload or args.dit_layerwise_offload
     pipeline = load_pipeline(
         directory,
         model_index,
         {"default": dtype, "vae": vae_dtype},
         without=() if leads else prompt_components(model_index),
+        transformers_to=None if offloaded or device.type == "cpu" else device,
     )
     if family is None:
         from pipelines.derived_family import derive_family
@@ -209,12 +211,18 @@ def prompt_components(model_index: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def load_pipeline(
-    directory: Path, model_index: Mapping[str, Any], dtypes: dict[str, torch.dtype], without: tuple[str, ...] = ()
+    directory: Path,
+    model_index: Mapping[str, Any],
+    dtypes: dict[str, torch.dtype],
+    without: tuple[str, ...] = (),
+    transformers_to: torch.device | None = None,
 ) -> DiffusionPipeline:
-    """Load onto the CPU every component but those named in `without`.
+    """Load every component but those named in `without` onto the CPU.
 
     Args:
         dtypes: precision by component, and of all others at `default`.
+        transformers_to: load what denoises straight to this device, tensor by tensor. Otherwise each rank of a node has
+            all of it in host memory for a while, where the files have another precision: 4 ranks of Wan 14B 114 GB.
 
     Raises:
         ValueError: the pipeline is none of diffusers', or the files do not fit together, with the first line of the
@@ -227,8 +235,19 @@ def load_pipeline(
     # Their bars would fill a server's log.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    components: dict[str, Any] = dict.fromkeys(without)
     try:
-        return pipeline_class.from_pretrained(directory, dtype=dtypes, use_safetensors=True, **dict.fromkeys(without))
+        if transformers_to is not None:
+            for name in TRANSFORMERS:
+                _, class_name = model_index.get(name, (None, None))
+                if class_name is not None:
+                    components[name] = getattr(diffusers, class_name).from_pretrained(
+                        directory / name,
+                        torch_dtype=dtypes.get(name, dtypes["default"]),
+                        device_map={"": transformers_to},
+                        use_safetensors=True,
+                    )
+        return pipeline_class.from_pretrained(directory, dtype=dtypes, use_safetensors=True, **components)
     # The libraries report broken files as OSError, ValueError, RuntimeError, KeyError, SafetensorError and more.
     except Exception as error:
         raise ValueError(f"The model in '{directory}' cannot be loaded: {first_line(error)}") from error
@@ -253,12 +272,22 @@ SGLANG_ATTENTION_BACKENDS = {"torch_sdpa": "native", "fa": "flash", "sage_attn":
 
 
 def set_attention_backend(transformer: ModelMixin, name: str) -> None:
+    """Have the transformer attend with a kernel of diffusers' or SGLang's name.
+
+    Raises:
+        ValueError: there is no such kernel, it does not run here, or the transformer would not use it.
+    """
     from diffusers.models.attention_dispatch import AttentionBackendName
+
+    from pipelines.parallel.dispatch import have_dispatched
 
     name = SGLANG_ATTENTION_BACKENDS.get(name, name)
     names = [backend.value for backend in AttentionBackendName]
     if name not in names:
         raise ValueError(f"There is no attention_backend '{name}'; there are {', '.join(names)}")
+    processors = [have_dispatched(module) for module in transformer.modules() if hasattr(module, "processor")]
+    if not any(hasattr(processor, "_attention_backend") for processor in processors):
+        raise ValueError(f"attention_backend: {type(transformer).__name__} has no choice of kernels; leave it out")
     try:
         transformer.set_attention_backend(name)
     # Kernels that are not installed, or not for this machine, raise ImportError, RuntimeError or ValueError.

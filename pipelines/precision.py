@@ -28,11 +28,11 @@ def resolve_device(device: Device) -> torch.device:
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 on CUDA and on CPUs that multiply it natively, fp32 on others."""
+    """`auto` is bf16 on GPUs and CPUs that multiply it natively, fp32 on others (GPUs before Ampere emulate it)."""
     if dtype != "auto":
         return DTYPES[dtype]
     if device.type == "cuda":
-        return torch.bfloat16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     capabilities = torch.cpu.get_capabilities()
     return torch.bfloat16 if any(capabilities.get(name) for name in NATIVE_BF16) else torch.float32
 

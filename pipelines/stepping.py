@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from math import inf
 from typing import Any, Self, TypeVar
 
 import torch
@@ -62,24 +64,36 @@ class StepBar:
         pass
 
 
+QUICK_SECONDS = 0.3
+"""Of a step: what the GPU idles for until the next is queued, a few milliseconds, is a percent of it."""
+
+
 class Pace:
-    """Keeps the host at most one step ahead of the GPU.
+    """Keeps the host near the GPU.
 
     Kernels are queued: without waiting, the host would report all steps as done within moments, and a stop would come
-    too late for what is queued. Waiting for the step before leaves the GPU never idle.
+    too late for what is queued. After a slow step it waits for that step, so that a stop is one within a step. While
+    steps are quick it waits for the one before, which leaves the GPU never idle.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.previous: torch.cuda.Event | None = None
+        self._previous: torch.cuda.Event | None = None
+        self._before = inf
+        """Monotonic seconds at the end of the step before."""
+        self._seconds = 0.0
+        """That the last step took."""
 
     def step(self) -> None:
         if self.device.type == "cuda":
             current = torch.cuda.Event()
             current.record()
-            if self.previous is not None:
-                self.previous.synchronize()
-            self.previous = current
+            awaited = current if self._seconds > QUICK_SECONDS else self._previous
+            if awaited is not None:
+                awaited.synchronize()
+            now = time.monotonic()
+            self._seconds = now - self._before
+            self._previous, self._before = current, now
 
     def finish(self) -> None:
         """Wait for all that was queued."""

@@ -26,6 +26,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 aten = torch.ops.aten
 
+AMPERE = (8, 0)
+"""Compute capability from which PyTorch's flash kernel runs."""
+
 
 @torch.compiler.disable
 def sharded_attention(
@@ -190,7 +193,7 @@ def attention_with_lse(
     """
     if query.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=mask, scale=scale)
-    elif mask is None and query.dtype != torch.float32:
+    elif mask is None and query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= AMPERE:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)
     else:
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, mask, True, scale=scale)

@@ -25,11 +25,16 @@ from pipelines.parallel.shards import ShardedSequence
 
 def attend_over_shards(attention: Attention, sequence: ShardedSequence) -> None:
     """Let one attention module attend over all of `sequence`, of which it computes this rank's tokens."""
-    if isinstance(attention.processor, JointAttnProcessor2_0):
-        attention.set_processor(DispatchedJointProcessor())
-    attention.processor._parallel_config = sequence
+    have_dispatched(attention)._parallel_config = sequence
     backend = attention.processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
     _teach(AttentionBackendName(backend))
+
+
+def have_dispatched(attention: Attention) -> Any:
+    """The processor of an attention module, replaced where one that asks the dispatcher can take its place."""
+    if isinstance(attention.processor, JointAttnProcessor2_0):
+        attention.set_processor(DispatchedJointProcessor())
+    return attention.processor
 
 
 def _teach(backend: AttentionBackendName) -> None:

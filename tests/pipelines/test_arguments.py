@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.model_family import Match, ModelFamily, SamplingDefaults
+from configs.model_family import Match, ModelFamily, SamplingDefaults, families
 from pipelines.arguments import Canvas, call_arguments
 from pipelines.job import InvalidJob, Job, Task
 
@@ -56,6 +56,13 @@ def test_a_pipeline_is_given_what_it_accepts_and_nothing_it_has_no_value_for() -
         "guidance_scale_2": 2.0,
     }
     assert arguments("QwenImagePipeline", make_job(Task.TEXT_TO_IMAGE, true_cfg_scale=3.0))["true_cfg_scale"] == 3.0
+
+
+def test_a_family_that_knows_shorter_prompts_than_its_pipeline_has_them() -> None:
+    (schnell,) = (family for family in families() if family.name == "flux1-schnell")
+    given = call_arguments(diffusers.FluxPipeline, schnell, make_job(Task.TEXT_TO_IMAGE), [], None)
+    assert given["max_sequence_length"] == 256
+    assert "max_sequence_length" not in arguments("FluxPipeline", make_job(Task.TEXT_TO_IMAGE))
 
 
 def test_kontext_keeps_the_asked_size() -> None:

@@ -12,10 +12,11 @@ from unittest import mock
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import LTXPipeline, WanPipeline
 from torch import nn
 
 from configs.server_args import ServerArgs
+from pipelines.derived_family import derive_family
 from pipelines.generation import generate
 from pipelines.job import InvalidJob, Result, Task
 from pipelines.load import Model, load_model, load_pipeline, prompt_components, read_model_index
@@ -71,6 +72,12 @@ def test_a_model_of_no_known_family_is_described_by_its_pipelines(tiny_model_pat
     assert (family.defaults.width, family.defaults.num_inference_steps) == (64, 50)
     assert family.defaults.guidance_scale == 7.5
     assert not family.sharded
+
+
+def test_a_model_of_no_known_family_has_the_units_of_its_pipeline() -> None:
+    modules = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "transformer"))
+    family = derive_family(LTXPipeline(**modules))
+    assert (family.size_multiple % 32, family.frame_multiple) == (0, 8)
 
 
 class TestViews:
@@ -168,6 +175,32 @@ def test_an_attention_backend_is_set_on_the_transformer(tiny_model_path: SavedMo
     assert {str(backend.value) for backend in backends} == {"_native_math"}
 
 
+def test_an_attention_backend_reaches_attention_that_asks_for_none_by_itself(tiny_model_path: SavedModel) -> None:
+    transformer = load(tiny_model_path("sd3"), attention_backend="_native_math").transformers["transformer"]
+    backends = {block.attn.processor._attention_backend for block in transformer.transformer_blocks}
+    assert {str(backend.value) for backend in backends} == {"_native_math"}
+
+
+def test_an_attention_backend_is_refused_where_nothing_would_use_it(tiny_model_path: SavedModel) -> None:
+    with pytest.raises(ValueError, match="UNet2DConditionModel has no choice of kernels"):
+        load(tiny_model_path("stable-diffusion"), attention_backend="_native_math")
+
+
+def test_transformers_that_are_loaded_straight_to_their_device_are_the_same(tiny_model_path: SavedModel) -> None:
+    path = tiny_model_path("wan2.2-t2v")
+    dtypes = {"default": torch.bfloat16, "vae": torch.float32}
+    plain = load_pipeline(path, read_model_index(path), dtypes)
+    straight = load_pipeline(path, read_model_index(path), dtypes, transformers_to=torch.device("cpu"))
+    for name in ("transformer", "transformer_2"):
+        expected, loaded = getattr(plain, name).state_dict(), getattr(straight, name).state_dict()
+        assert expected.keys() == loaded.keys()
+        assert all(torch.equal(expected[key], loaded[key]) for key in expected)
+        assert {key: value.dtype for key, value in expected.items()} == {
+            key: value.dtype for key, value in loaded.items()
+        }
+    assert straight.vae.dtype == torch.float32
+
+
 def test_the_repeated_blocks_are_compiled(tiny_model_path: SavedModel) -> None:
     with mock.patch.object(nn.Module, "compile", autospec=True) as compiled:
         transformer = load(tiny_model_path("wan2.1-t2v"), enable_torch_compile=True).transformers["transformer"]
@@ -220,17 +253,20 @@ class TestPrecision:
         with mock.patch("torch.cpu.get_capabilities", return_value=capabilities):
             assert resolve_dtype("auto", self.cpu) == expected
 
-    def test_auto_on_cuda_is_bf16(self) -> None:
-        assert resolve_dtype("auto", self.cuda) == torch.bfloat16
+    @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+    def test_auto_on_cuda_is_bf16_where_it_is_native(self, native: bool, expected: torch.dtype) -> None:
+        with mock.patch("torch.cuda.is_bf16_supported", return_value=native):
+            assert resolve_dtype("auto", self.cuda) == expected
 
     def test_an_explicit_dtype_is_taken(self) -> None:
         assert resolve_dtype("fp16", self.cuda) == torch.float16
         assert resolve_dtype("bf16", self.cpu) == torch.bfloat16
 
     def test_auto_on_cuda_leaves_the_vae_of_wan_in_fp32(self) -> None:
-        assert resolve_vae_dtype("auto", self.cuda, "AutoencoderKLWan") == torch.float32
-        assert resolve_vae_dtype("auto", self.cuda, "AutoencoderKL") == torch.bfloat16
-        assert resolve_vae_dtype("auto", self.cuda, None) == torch.bfloat16
+        with mock.patch("torch.cuda.is_bf16_supported", return_value=True):
+            assert resolve_vae_dtype("auto", self.cuda, "AutoencoderKLWan") == torch.float32
+            assert resolve_vae_dtype("auto", self.cuda, "AutoencoderKL") == torch.bfloat16
+            assert resolve_vae_dtype("auto", self.cuda, None) == torch.bfloat16
         assert resolve_vae_dtype("bf16", self.cuda, "AutoencoderKLWan") == torch.bfloat16
         with mock.patch("torch.cpu.get_capabilities", return_value={"amx_bf16": True}):
             assert resolve_vae_dtype("auto", self.cpu, "AutoencoderKLWan") == torch.bfloat16
