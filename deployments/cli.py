@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_flags(serve)
     serve.add_argument("--print-config", action="store_true", help="print the equivalent serve_config.yaml and exit")
     serve.set_defaults(run=_serve)
-    generate = commands.add_parser("generate", help="make a picture or a clip without a server", **settings)
+    generate = commands.add_parser("generate", help="make an image or a video without a server", **settings)
     add_flags(generate, only=MODEL_FIELDS)
     for name in SAMPLING_FIELDS:
         described = VideoRequest.model_fields[name].description

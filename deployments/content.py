@@ -98,7 +98,7 @@ class ContentStore:
         output_format = self._jobs.image_format(image_id, tenant)
         key = image_key(image_id, index, output_format)
         if not self._jobs.owns(image_id, key):
-            raise APIError(404, f"Image '{image_id}' has no picture {index}", code="content_not_found")
+            raise APIError(404, f"Image '{image_id}' has no output {index}", code="content_not_found")
         return Content(key, await self._size(key), f"image/{output_format}", key.rpartition("/")[2])
 
     async def _size(self, key: str) -> int:

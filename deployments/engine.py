@@ -32,7 +32,7 @@ from pipelines.job import Event, InvalidJob, Job, Media, Progress, Result
 
 logger = logging.getLogger(__name__)
 
-PICTURE_RETRIES = 1
+IMAGE_RETRIES = 1
 """A picture whose gang broke is computed once more on the rebuilt gang, then failed: its client waits. A video has
 `max_retries`."""
 
@@ -59,7 +59,7 @@ class Engine:
         self._schedule_changed = asyncio.Condition()
         self._gang_in_use = asyncio.Lock()
         """First come, first served: a change of the default adapter waits for the running job, not for the queue."""
-        self._seconds_per_picture = 1.0
+        self._seconds_per_image = 1.0
         self._card = await self.recovery.first_start()
         loops = (self._work(), self._heal_idle_gang(), self._follow_default_adapter())
         self._tasks = [asyncio.create_task(loop) for loop in loops]
@@ -114,18 +114,18 @@ class Engine:
             try:
                 self.schedule.add(ticket)
             except Full:
-                wait = math.ceil(min(60, len(self.schedule) * self._seconds_per_picture))
+                wait = math.ceil(min(60, len(self.schedule) * self._seconds_per_image))
                 raise APIError(
                     429,
-                    f"{self.args.max_queue} pictures wait already; try again in {wait} s.",
+                    f"{self.args.max_queue} images are waiting already; try again in {wait} s.",
                     code="queue_full",
                     headers={"Retry-After": str(wait)},
                 ) from None
             self._schedule_changed.notify()
         self.metrics.queue(self.schedule, self.running)
-        self._let_pictures_pass()
+        self._let_images_pass()
 
-    def _let_pictures_pass(self) -> None:
+    def _let_images_pass(self) -> None:
         if self.running is not None and self.schedule.should_give_way(self.running):
             self.gang.suspend(self.running.job.id)
 
@@ -206,7 +206,7 @@ class Engine:
             InvalidJob: the pipeline refuses the job.
             APIError: 500; it failed on the ranks, or broke the gang too often.
         """
-        retries = self.args.max_retries if ticket.is_video else PICTURE_RETRIES
+        retries = self.args.max_retries if ticket.is_video else IMAGE_RETRIES
         while True:
             try:
                 await self._merge(ticket.job.lora)
@@ -237,7 +237,7 @@ class Engine:
         if not ticket.suspended:
             ticket.steps_told = 0
         ticket.begun, ticket.suspended = True, False
-        self._let_pictures_pass()
+        self._let_images_pass()
         try:
             with self._time_limit(ticket, self._seconds_left(ticket)):
                 async for event in self.gang.run(ticket.job, ticket.media, ticket.progress):
@@ -254,7 +254,7 @@ class Engine:
         finally:
             ticket.seconds_run += time.monotonic() - started
         if not ticket.is_video:
-            self._seconds_per_picture += 0.2 * (ticket.seconds_run - self._seconds_per_picture)
+            self._seconds_per_image += 0.2 * (ticket.seconds_run - self._seconds_per_image)
 
     def _seconds_left(self, ticket: Ticket) -> float | None:
         return None if self.args.job_timeout is None else max(0.0, self.args.job_timeout - ticket.seconds_run)

@@ -105,8 +105,8 @@ def generate_files(
     if suffix not in ("", ".mp4", *IMAGE_FORMATS):
         raise ValueError(f"'{output_path}' ends in neither .mp4 nor {', '.join(IMAGE_FORMATS)}")
     images = [path.read_bytes() for path in image_paths]
-    picture_format = IMAGE_FORMATS.get(suffix)
-    wanted = _request(picture_format, images, fields)  # before the model is loaded, which may take minutes
+    image_format = IMAGE_FORMATS.get(suffix)
+    wanted = _request(image_format, images, fields)  # before the model is loaded, which may take minutes
     model = load(args)
     if suffix == "" and not any(Task(task).is_video for task in model.card.family.tasks):
         wanted = _request("png", images, fields)
@@ -131,16 +131,16 @@ def load(args: ServerArgs) -> Model:
     return model
 
 
-def _request(picture_format: str | None, images: list[bytes], fields: Mapping[str, str]) -> VideoRequest | ImageRequest:
+def _request(image_format: str | None, images: list[bytes], fields: Mapping[str, str]) -> VideoRequest | ImageRequest:
     """What the API would be sent for a picture, or without a format for a clip. Raises `APIError` for a wrong field."""
-    if picture_format is None:
+    if image_format is None:
         if len(images) > 1:
-            raise APIError(400, "A clip starts from one image", param="image_path")
+            raise APIError(400, "A video starts from one image", param="image_path")
         reference = {"input_reference": images[0]} if images else {}
         return VideoRequest.parse({**fields, **reference})
-    if of_clips := [name for name in CLIP_FIELDS if name in fields]:
-        raise APIError(400, f"A picture has no {' and no '.join(of_clips)}", param=of_clips[0])
-    asked = {**fields, "output_format": picture_format}
+    if of_videos := [name for name in CLIP_FIELDS if name in fields]:
+        raise APIError(400, f"An image has no {' and no '.join(of_videos)}", param=of_videos[0])
+    asked = {**fields, "output_format": image_format}
     return ImageEditRequest.parse({**asked, "image": images}) if images else ImageGenerationRequest.parse(asked)
 
 

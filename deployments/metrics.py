@@ -24,19 +24,19 @@ class EngineMetrics:
 
     def __init__(self) -> None:
         kind, stage = ("kind",), ("kind", "stage")
-        self._waiting = Gauge("ditserve_queue_length", "Jobs that wait for the gang.", kind)
-        self._running = Gauge("ditserve_running", "Jobs that the gang computes: none or one.", kind)
+        self._waiting = Gauge("ditserve_queue_length", "Jobs waiting for the gang.", kind)
+        self._running = Gauge("ditserve_running", "Jobs that the gang computes: zero or one.", kind)
         self._jobs = Counter("ditserve_jobs", "Jobs that ended, by outcome.", ("kind", "outcome"))
         self._steps = Counter("ditserve_steps", "Denoising steps done.", kind)
         self._seconds = Histogram("ditserve_stage_seconds", "Seconds of a job by stage.", STAGE_SECONDS, stage)
-        self.preemptions = Counter("ditserve_preemptions", "Turns that a video gave to pictures.")
-        self.retries = Counter("ditserve_retries", "Jobs begun again because the gang broke.")
+        self.preemptions = Counter("ditserve_preemptions", "Times that a video paused for an image.")
+        self.retries = Counter("ditserve_retries", "Jobs restarted because the gang broke.")
         self.rebuilds = Counter("ditserve_gang_rebuilds", "Gangs that were replaced.")
         self.lora_swaps = Counter("ditserve_lora_swaps", "Changes of the adapters in the weights.")
 
     def queue(self, schedule: Schedule, running: Ticket | None) -> None:
         """The queue has changed."""
-        for kind in ("picture", "video"):
+        for kind in ("image", "video"):
             self._waiting.set(sum(_kind(ticket) == kind for ticket in schedule), {"kind": kind})
             self._running.set(int(running is not None and _kind(running) == kind), {"kind": kind})
 
@@ -58,4 +58,4 @@ class StateMetrics:
 
 
 def _kind(ticket: Ticket) -> str:
-    return "video" if ticket.is_video else "picture"
+    return "video" if ticket.is_video else "image"

@@ -70,9 +70,9 @@ class Ticket:
 class Schedule:
     """The jobs that wait, in the order of their arrival."""
 
-    def __init__(self, max_pictures: int, *, preemption: bool = True):
-        """At most `max_pictures` pictures may wait. Videos are bounded where they are accepted."""
-        self._max_pictures = max_pictures
+    def __init__(self, max_images: int, *, preemption: bool = True):
+        """At most `max_images` pictures may wait. Videos are bounded where they are accepted."""
+        self._max_images = max_images
         self._preemption = preemption
         self._waiting: list[Ticket] = []
 
@@ -84,7 +84,7 @@ class Schedule:
 
     def add(self, ticket: Ticket) -> None:
         """Raises `Full` when too many pictures wait already."""
-        if not ticket.is_video and len(self._pictures()) >= self._max_pictures:
+        if not ticket.is_video and len(self._images()) >= self._max_images:
             raise Full
         self._waiting.append(ticket)
 
@@ -121,7 +121,7 @@ class Schedule:
 
     def should_give_way(self, running: Ticket) -> bool:
         """Whether a running job is to leave the gang to a picture at the end of its step."""
-        return self.may_give_way(running) and bool(self._pictures())
+        return self.may_give_way(running) and bool(self._images())
 
-    def _pictures(self) -> list[Ticket]:
+    def _images(self) -> list[Ticket]:
         return [ticket for ticket in self._waiting if not ticket.is_video]

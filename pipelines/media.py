@@ -44,7 +44,7 @@ def encode_image(image: Image.Image | Frame, image_format: str, compression: int
         case "jpeg":
             options = {"quality": compression}
         case _:
-            raise ValueError(f"unknown picture format '{image_format}': one of png, webp, jpeg")
+            raise ValueError(f"unknown image format '{image_format}': one of png, webp, jpeg")
     buffer = io.BytesIO()
     picture.save(buffer, image_format, **options)
     return buffer.getvalue()

@@ -30,18 +30,18 @@ def decode_image(data: bytes, *, max_pixels: int, param: str = "image") -> Image
         with Image.open(io.BytesIO(data), formats=INPUT_FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise InvalidJob(f"The picture has {width}x{height} pixels; at most {max_pixels} are accepted", param)
+                raise InvalidJob(f"The image has {width}x{height} pixels; at most {max_pixels} are accepted", param)
             if getattr(image, "n_frames", 1) > 1:
-                raise InvalidJob("Animated pictures are not accepted: send a single frame", param)
+                raise InvalidJob("Animated images are not accepted: send a single frame", param)
             image.load()
             upright = ImageOps.exif_transpose(image)
     except InvalidJob:
         raise
     except UnidentifiedImageError as error:
-        raise InvalidJob("Not a PNG, JPEG or WebP picture", param) from error
+        raise InvalidJob("Not a PNG, JPEG or WebP image", param) from error
     # Pillow's decoders report a damaged file as OSError, SyntaxError, ValueError, struct.error and others.
     except Exception as error:
-        raise InvalidJob(f"The picture is damaged: {error}", param) from error
+        raise InvalidJob(f"The image is damaged: {error}", param) from error
     if upright.mode == "I;16":
         return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
     return upright.convert("RGBA" if upright.has_transparency_data else "RGB")
@@ -64,6 +64,6 @@ def decode_mask(data: bytes, *, size: tuple[int, int], max_pixels: int) -> Image
         raise InvalidJob("The mask has no alpha channel: its transparent pixels say what to edit", "mask")
     if mask.size != size:
         raise InvalidJob(
-            f"The mask has {mask.width}x{mask.height} pixels, the picture {size[0]}x{size[1]}: they must agree", "mask"
+            f"The mask has {mask.width}x{mask.height} pixels, the image {size[0]}x{size[1]}: they must agree", "mask"
         )
     return ImageOps.invert(mask.getchannel("A"))

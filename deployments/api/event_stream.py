@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from deployments.api.disconnect import cancelled_on_disconnect
 from deployments.api.error_responses import as_api_error, error_object
-from deployments.api.protocol.answers import CompletedImageEvent, PartialImageEvent
+from deployments.api.protocol.responses import CompletedImageEvent, PartialImageEvent
 
 Frames = AsyncGenerator[PartialImageEvent | CompletedImageEvent | str, None]
 """Events; a text becomes a comment, which clients skip and which keeps proxies from hanging up."""

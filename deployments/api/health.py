@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from deployments.api.openapi import errors
-from deployments.api.protocol.answers import Health
+from deployments.api.protocol.responses import Health
 from deployments.api.services import Served
 
 router = APIRouter(tags=["Health"])

@@ -16,8 +16,8 @@ from deployments.api.disconnect import cancelled_on_disconnect
 from deployments.api.event_stream import EventStream, Frames
 from deployments.api.jobs import Submission, image_submission, require_right_to_load
 from deployments.api.openapi import JSON, MULTIPART, errors, event_stream, files, request_body
-from deployments.api.protocol.answers import CompletedImageEvent, ImageData, ImagesResponse, PartialImageEvent
 from deployments.api.protocol.requests import ImageEditRequest, ImageGenerationRequest, ImageRequest
+from deployments.api.protocol.responses import CompletedImageEvent, ImageData, ImagesResponse, PartialImageEvent
 from deployments.api.services import Served, Services
 from deployments.errors import APIError
 from deployments.keys import Caller
@@ -25,29 +25,29 @@ from pipelines.job import Preview, Progress, Result
 
 router = APIRouter(prefix="/v1/images", tags=["Images"])
 
-_ANSWERS = {
+_RESPONSES = {
     200: {"model": ImagesResponse, "content": event_stream()},
     **errors(400, 403, 404, 409, 413, 429, 500, 503, 504),
 }
 
 
-@router.post("/generations", responses=_ANSWERS, openapi_extra=request_body(ImageGenerationRequest, JSON))
+@router.post("/generations", responses=_RESPONSES, openapi_extra=request_body(ImageGenerationRequest, JSON))
 async def create_image(request: Request, services: Served, caller: Known) -> Response:
-    """Make pictures from a prompt."""
+    """Generate images from a prompt."""
     wanted = ImageGenerationRequest.parse(await read_fields(request))
     if wanted.response_format == "url":
         raise APIError(
             400,
-            "response_format=url is not supported for POST /v1/images/generations; pictures come as b64_json",
+            "response_format=url is not supported for POST /v1/images/generations; images come as b64_json",
             param="response_format",
             code="invalid_value",
         )
-    return await _answer(request, services, caller, wanted, "image_generation")
+    return await _respond(request, services, caller, wanted, "image_generation")
 
 
-@router.post("/edits", responses=_ANSWERS, openapi_extra=request_body(ImageEditRequest, MULTIPART, JSON))
+@router.post("/edits", responses=_RESPONSES, openapi_extra=request_body(ImageEditRequest, MULTIPART, JSON))
 async def edit_image(request: Request, services: Served, caller: Known) -> Response:
-    """Make pictures from a prompt and one or several pictures, within a mask if one is given."""
+    """Generate images from a prompt and one or several images, within a mask if there is one."""
     card = await services.engine.card()
     fields = await read_fields(
         request,
@@ -55,7 +55,7 @@ async def edit_image(request: Request, services: Served, caller: Known) -> Respo
         max_image_bytes=services.args.max_upload_bytes,
     )
     wanted = ImageEditRequest.parse(fields)
-    return await _answer(request, services, caller, wanted, "image_edit")
+    return await _respond(request, services, caller, wanted, "image_edit")
 
 
 @router.head("/{image_id}/content", include_in_schema=False)
@@ -68,14 +68,14 @@ async def image_content(
     image_id: str,
     services: Served,
     caller: Known,
-    variant: Annotated[int, Query(ge=0, description="Which of several pictures, from 0.")] = 0,
+    variant: Annotated[int, Query(ge=0, description="Which of several images, from 0.")] = 0,
 ) -> Response:
-    """Download a picture that was made with `response_format` `url`."""
+    """Download an image that was made with `response_format` `url`."""
     content = await services.state.image_content(image_id, variant, caller.tenant)
     return await content_response(request, services.state, content)
 
 
-async def _answer(
+async def _respond(
     request: Request,
     services: Services,
     caller: Caller,
@@ -92,7 +92,7 @@ async def _answer(
         result = await _result(services, submission)
     images = await _images(services, caller, submission, result, wanted.response_format)
     job = submission.job
-    answer = ImagesResponse(
+    body = ImagesResponse(
         id=job.id,
         created=int(time.time()),
         output_format=job.output_format,
@@ -100,7 +100,7 @@ async def _answer(
         data=images,
         timings=dict(result.seconds),
     )
-    return Response(answer.model_dump_json(exclude_none=True), media_type=JSON)
+    return Response(body.model_dump_json(exclude_none=True), media_type=JSON)
 
 
 async def _result(services: Services, submission: Submission) -> Result:

@@ -12,8 +12,8 @@ from fastapi import APIRouter, Request
 
 from deployments.api.body import read_fields
 from deployments.api.openapi import JSON, errors, request_body
-from deployments.api.protocol.answers import ActiveAdapters, AppliedLoRA, LoadedAdapter, LoRAAnswer, LoRAList
 from deployments.api.protocol.lora import LoRATargets, MergeLoRA, SetLoRA
+from deployments.api.protocol.responses import ActiveAdapters, AppliedLoRA, LoadedAdapter, LoRAList, LoRAResponse
 from deployments.api.services import Served
 from deployments.interfaces import LoRAStatus
 from pipelines.job import LoRASpec
@@ -22,11 +22,11 @@ router = APIRouter(prefix="/v1", tags=["LoRA"])
 
 
 @router.post("/set_lora", responses=errors(400, 404, 409, 503), openapi_extra=request_body(SetLoRA, JSON))
-async def set_lora(request: Request, services: Served) -> LoRAAnswer:
+async def set_lora(request: Request, services: Served) -> LoRAResponse:
     """Load adapters, merge them, and give them to new jobs."""
     wanted = SetLoRA.parse(await read_fields(request))
     status = await services.state.set_lora(wanted.adapters())
-    return _answer(f"Successfully set LoRA adapter(s): {_composition(status.default)}", status)
+    return _responded(f"Successfully set LoRA adapter(s): {_composition(status.default)}", status)
 
 
 @router.post(
@@ -34,11 +34,11 @@ async def set_lora(request: Request, services: Served) -> LoRAAnswer:
     responses=errors(400, 404, 409, 503),
     openapi_extra=request_body(MergeLoRA, JSON, required=False),
 )
-async def merge_lora_weights(request: Request, services: Served) -> LoRAAnswer:
+async def merge_lora_weights(request: Request, services: Served) -> LoRAResponse:
     """Merge again what was set and then unmerged."""
     wanted = MergeLoRA.parse(await read_fields(request))
     status = await services.state.merge_lora(wanted.strength, tuple(wanted.target) if wanted.target else None)
-    return _answer(f"Successfully merged LoRA weights: {_composition(status.default)}", status)
+    return _responded(f"Successfully merged LoRA weights: {_composition(status.default)}", status)
 
 
 @router.post(
@@ -46,17 +46,17 @@ async def merge_lora_weights(request: Request, services: Served) -> LoRAAnswer:
     responses=errors(400, 503),
     openapi_extra=request_body(LoRATargets, JSON, required=False),
 )
-async def unmerge_lora_weights(request: Request, services: Served) -> LoRAAnswer:
+async def unmerge_lora_weights(request: Request, services: Served) -> LoRAResponse:
     """Restore the base weights, bit for bit. New jobs get no adapter unless they ask for one."""
     wanted = LoRATargets.parse(await read_fields(request))
     status = await services.state.unmerge_lora(tuple(wanted.target) if wanted.target else None)
-    return _answer(f"Successfully unmerged LoRA weights (target: {', '.join(wanted.target or ['all'])})", status)
+    return _responded(f"Successfully unmerged LoRA weights (target: {', '.join(wanted.target or ['all'])})", status)
 
 
 @router.delete("/loras/{nickname:path}", responses=errors(404, 409, 503))
-async def delete_lora(nickname: str, services: Served) -> LoRAAnswer:
+async def delete_lora(nickname: str, services: Served) -> LoRAResponse:
     """Forget a nickname, and free the memory of its factors."""
-    return _answer(f"Successfully deleted LoRA adapter: {nickname}", await services.state.delete_lora(nickname))
+    return _responded(f"Successfully deleted LoRA adapter: {nickname}", await services.state.delete_lora(nickname))
 
 
 @router.get("/list_loras", responses=errors(503))
@@ -83,8 +83,8 @@ def _listing(status: LoRAStatus) -> LoRAList:
     )
 
 
-def _answer(message: str, status: LoRAStatus) -> LoRAAnswer:
-    return LoRAAnswer(message="; ".join((message, *status.notes)), **dict(_listing(status)))
+def _responded(message: str, status: LoRAStatus) -> LoRAResponse:
+    return LoRAResponse(message="; ".join((message, *status.notes)), **dict(_listing(status)))
 
 
 def _active(status: LoRAStatus) -> dict[str, list[ActiveAdapters]]:

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from configs.model_family import ModelCard
 from deployments.api.openapi import errors
-from deployments.api.protocol.answers import ModelList, ModelObject
+from deployments.api.protocol.responses import ModelList, ModelObject
 from deployments.api.services import Served
 from deployments.errors import APIError
 from pipelines.job import Task

@@ -8,13 +8,13 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from deployments.api.protocol.answers import (
-    CompletedImageEvent,
-    ErrorAnswer,
-    PartialImageEvent,
-)
 from deployments.api.protocol.lora import LoRATargets, MergeLoRA, SetLoRA
 from deployments.api.protocol.requests import ImageEditRequest, ImageGenerationRequest, VideoRequest, WireRequest
+from deployments.api.protocol.responses import (
+    CompletedImageEvent,
+    ErrorResponse,
+    PartialImageEvent,
+)
 
 _REF = "#/components/schemas/{model}"
 _REQUESTS = (ImageGenerationRequest, ImageEditRequest, VideoRequest, SetLoRA, MergeLoRA, LoRATargets)
@@ -38,7 +38,7 @@ def event_stream() -> dict[str, Any]:
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route that may fail with these statuses, each in the one envelope."""
-    return {status: {"model": ErrorAnswer} for status in statuses}
+    return {status: {"model": ErrorResponse} for status in statuses}
 
 
 def files(*media_types: str) -> dict[int | str, dict[str, Any]]:

@@ -47,7 +47,7 @@ async def fetch(url: str, param: str, max_bytes: int) -> bytes:
     try:
         async with session, session.get(url, max_redirects=MAX_REDIRECTS) as response:
             if response.status != 200:
-                raise _refused(param, f"its URL answers {response.status}")
+                raise _refused(param, f"its URL responds with {response.status}")
             data = bytearray()
             async for chunk in response.content.iter_any():
                 data += chunk

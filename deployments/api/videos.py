@@ -11,8 +11,8 @@ from deployments.api.body import read_fields
 from deployments.api.content import content_response
 from deployments.api.jobs import require_right_to_load, video_submission
 from deployments.api.openapi import JSON, MULTIPART, URLENCODED, errors, files, request_body
-from deployments.api.protocol.answers import DeletedVideo, VideoErrorObject, VideoList, VideoObject
 from deployments.api.protocol.requests import VideoRequest
+from deployments.api.protocol.responses import DeletedVideo, VideoErrorObject, VideoList, VideoObject
 from deployments.api.services import Served
 from deployments.errors import APIError
 from deployments.interfaces import Variant, Video
@@ -100,9 +100,9 @@ async def video_content(
     services: Served,
     caller: Known,
     variant: Annotated[
-        str, Query(description="`video`, `thumbnail`, `spritesheet`, or the number of a clip, from 0.")
+        str, Query(description="`video`, `thumbnail`, `spritesheet`, or the number of an output, from 0.")
     ] = "video",
-    index: Annotated[int, Query(ge=0, description="Which of several clips, from 0.")] = 0,
+    index: Annotated[int, Query(ge=0, description="Which of several outputs, from 0.")] = 0,
 ) -> Response:
     """Download a finished video, its first frame as a WebP, or a JPEG grid of its frames."""
     kind, clip = _variant(variant, index)
@@ -116,7 +116,7 @@ def _variant(variant: str, index: int) -> tuple[Variant, int]:
             return kind, index
     if variant.isdecimal() and len(variant) < 3:
         return "video", int(variant)
-    message = f"Invalid 'variant': '{variant}' is neither video, thumbnail or spritesheet nor the number of a clip"
+    message = f"Invalid 'variant': '{variant}' is neither video, thumbnail or spritesheet nor the number of an output"
     raise APIError(400, message, param="variant", code="invalid_value")
 
 

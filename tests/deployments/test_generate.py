@@ -61,7 +61,7 @@ def test_an_input_image_is_edited(tmp_path: Path) -> None:
         (["--model-path", "/nowhere"], "There is no folder '/nowhere'"),
         (["--lora-path", "/nowhere"], "does not exist"),
         (["--image-path", "/nowhere"], "No such file"),
-        (["--fps", "8", "--seconds", "2"], "A picture has no seconds and no fps"),
+        (["--fps", "8", "--seconds", "2"], "An image has no seconds and no fps"),
     ],
 )
 def test_what_cannot_be_done_ends_with_its_reason(

@@ -25,8 +25,8 @@ def video(name: str, lora: tuple[LoRASpec, ...] = ()) -> Ticket:
     return ticket(name, Task.TEXT_TO_VIDEO, lora)
 
 
-def schedule_of(*tickets: Ticket, max_pictures: int = 1000, preemption: bool = True) -> Schedule:
-    schedule = Schedule(max_pictures, preemption=preemption)
+def schedule_of(*tickets: Ticket, max_images: int = 1000, preemption: bool = True) -> Schedule:
+    schedule = Schedule(max_images, preemption=preemption)
     for each in tickets:
         schedule.add(each)
     return schedule
@@ -90,7 +90,7 @@ def test_a_video_that_gave_way_goes_on_before_another_begins() -> None:
 
 
 def test_a_full_queue_takes_no_further_picture_but_videos_which_were_counted_when_they_were_accepted() -> None:
-    schedule = schedule_of(picture("p1"), picture("p2"), max_pictures=2)
+    schedule = schedule_of(picture("p1"), picture("p2"), max_images=2)
     with pytest.raises(Full):
         schedule.add(picture("p3"))
     schedule.add(video("v"))

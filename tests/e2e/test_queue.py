@@ -152,12 +152,12 @@ def test_prometheus_is_told_what_happened_and_nothing_of_what_clients_wrote(
     gang_of_two.picture(prompt="a secret lighthouse")
     video_id = gang_of_two.wait_for_video(gang_of_two.create_video()["id"])["id"]
     wanted = (
-        'ditserve_jobs_total{kind="picture",outcome="completed"}',
+        'ditserve_jobs_total{kind="image",outcome="completed"}',
         'ditserve_jobs_total{kind="video",outcome="completed"}',
         'ditserve_steps_total{kind="video"}',
-        'ditserve_stage_seconds_count{kind="picture",stage="denoise"}',
+        'ditserve_stage_seconds_count{kind="image",stage="denoise"}',
         'ditserve_queue_length{kind="video"}',
-        'ditserve_running{kind="picture"}',
+        'ditserve_running{kind="image"}',
         "ditserve_stored_bytes{}",
     )
     deadline = time.monotonic() + 60

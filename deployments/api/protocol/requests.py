@@ -136,16 +136,18 @@ class WireRequest(BaseModel):
 class GenerationRequest(WireRequest):
     """What pictures and clips have in common."""
 
-    prompt: str = Field(max_length=MAX_PROMPT_LENGTH, description="What is to be seen.")
-    model: str | None = Field(None, description="Any name: the server has one model and answers with its id.")
-    n: Integer | None = Field(None, ge=1, le=MAX_OUTPUTS, description="Outputs; 1 unless told, or one per given seed.")
-    size: Size = Field(None, description="WIDTHxHEIGHT; `auto`: the model's default, in the shape of an input picture.")
+    prompt: str = Field(max_length=MAX_PROMPT_LENGTH, description="What to generate.")
+    model: str | None = Field(None, description="Any name: the server has one model, and responds with its id.")
+    n: Integer | None = Field(
+        None, ge=1, le=MAX_OUTPUTS, description="Number of outputs. Default: 1, or one per given seed."
+    )
+    size: Size = Field(
+        None, description="WIDTHxHEIGHT, or `auto`: the model's default size, in the shape of the input image if any."
+    )
     width: Integer | None = Field(None, ge=1, description="Extension: overrides the width in `size`.")
     height: Integer | None = Field(None, ge=1, description="Extension: overrides the height in `size`.")
 
-    negative_prompt: str | None = Field(
-        None, max_length=MAX_PROMPT_LENGTH, description="Extension: what is not to be seen."
-    )
+    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT_LENGTH, description="Extension: what to avoid.")
     seed: Annotated[
         list[Annotated[Integer, Field(ge=0, le=MAX_SEED)]] | None,
         BeforeValidator(lambda value: listed(json_text(value))),
@@ -154,14 +156,14 @@ class GenerationRequest(WireRequest):
         None,
         min_length=1,
         max_length=MAX_OUTPUTS,
-        description="Extension: seed of the first output, further ones counting up from it, or a list of one seed per "
-        "output. Left out: a random one, told in the answer.",
+        description="Extension: seed of the first output, from which the others count up, or a list of one seed per "
+        "output. Default: random, and part of the response.",
     )
     num_inference_steps: Integer | None = Field(
         None, ge=1, le=1000, description="Extension: denoising steps. Schedulers know 1000 timesteps."
     )
     guidance_scale: Number | None = Field(
-        None, ge=0, description="Extension: classifier-free or, where the model has it embedded, distilled guidance."
+        None, ge=0, description="Extension: classifier-free guidance, or the embedded guidance of distilled models."
     )
     guidance_scale_2: Number | None = Field(
         None, ge=0, description="Extension: guidance of Wan 2.2's second, low-noise expert."
@@ -171,10 +173,10 @@ class GenerationRequest(WireRequest):
     )
     flow_shift: Number | None = Field(None, gt=0, description="Extension: shift of the flow-matching noise schedule.")
     strength: Number | None = Field(
-        None, ge=0, le=1, description="Extension: how far an edit may leave its input image, 0 to 1."
+        None, ge=0, le=1, description="Extension: how far an edit may depart from its input image, 0 to 1."
     )
     timeout: Number | None = Field(
-        None, gt=0, description="Extension: seconds after which the job fails if it is not done, waiting included."
+        None, gt=0, description="Extension: seconds until the job fails if it is not done, time in the queue included."
     )
     lora: Annotated[
         list[Annotated[str, Field(min_length=1)] | LoRAChoice] | None,
@@ -192,9 +194,9 @@ class ImageRequest(GenerationRequest):
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: Literal["png", "webp", "jpeg"] = "png"
     output_compression: Integer = Field(100, ge=0, le=100, description="Quality of webp and jpeg.")
-    stream: bool = Field(False, description="Answer with server-sent events.")
-    partial_images: Integer = Field(0, ge=0, le=3, description="Previews to send on the way; streams only.")
-    num_frames: Integer = Field(1, ge=1, le=1, description="Extension: pictures have one frame.")
+    stream: bool = Field(False, description="Respond with server-sent events.")
+    partial_images: Integer = Field(0, ge=0, le=3, description="Previews to send before the image; streams only.")
+    num_frames: Integer = Field(1, ge=1, le=1, description="Extension: images have one frame.")
 
 
 class ImageGenerationRequest(ImageRequest):
@@ -209,22 +211,22 @@ class ImageEditRequest(ImageRequest):
         min_length=1,
         max_length=16,
         description="One file or several (`image`, repeated, or `image[]`); `images` in a JSON body. PNG, WebP or JPEG "
-        "of at most 50 MB each, unless the server was told otherwise.",
+        "of at most 50 MB each, unless the server has another limit.",
     )
     mask: Annotated[InputImage | None, BeforeValidator(_single)] = Field(
-        None, description="PNG as large as the first image; where it is transparent, that image is edited."
+        None, description="PNG of the size of the first image, which is edited where the mask is transparent."
     )
 
 
 class VideoRequest(GenerationRequest):
     """Body of `POST /v1/videos`."""
 
-    prompt: str = Field(min_length=1, max_length=MAX_PROMPT_LENGTH, description="What is to be seen.")
+    prompt: str = Field(min_length=1, max_length=MAX_PROMPT_LENGTH, description="What to generate.")
     seconds: Number | None = Field(
-        None, gt=0, description="Length of the clip, as a number or a text. Left out: the model's own default."
+        None, gt=0, description="Length of the video in seconds, as a number or a string. Default: the model's own."
     )
     fps: Integer | None = Field(None, ge=1, le=120, description="Extension: frames per second.")
     num_frames: Integer | None = Field(None, ge=1, description="Extension: overrides `seconds`.")
     input_reference: Annotated[InputImage | None, BeforeValidator(_single)] = Field(
-        None, description="Image the clip starts from: a file, or an object with `image_url`."
+        None, description="Image the video starts from: a file, or an object with `image_url`."
     )

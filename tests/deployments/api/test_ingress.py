@@ -57,7 +57,7 @@ def test_every_reference_in_the_document_leads_somewhere(document: dict) -> None
 
 
 def test_every_post_with_a_body_describes_it_and_every_failure_has_the_envelope(document: dict) -> None:
-    envelope = {"$ref": "#/components/schemas/ErrorAnswer"}
+    envelope = {"$ref": "#/components/schemas/ErrorResponse"}
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             assert method != "post" or path.endswith("/cancel") or operation["requestBody"]["content"]

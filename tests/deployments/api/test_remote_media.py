@@ -164,7 +164,7 @@ class TestWhatIsFetched:
         assert (await refusal(url)).status == 400
 
     async def test_tells_a_status_but_not_what_was_said(self, site: Site) -> None:
-        assert "its URL answers 404" in (await refusal(site.url("/nothing"))).message
+        assert "its URL responds with 404" in (await refusal(site.url("/nothing"))).message
 
     async def test_tells_nothing_of_ports_and_addresses(self, site: Site) -> None:
         closed = await refusal(site.url().replace(str(site.port), "1"))
@@ -220,7 +220,7 @@ async def test_a_server_fetches_only_where_it_was_told_to_and_only_pictures(site
 
         if allowed:
             assert "frames are asked for" in await told("/picture")  # which comes after the picture
-            assert "Not a PNG, JPEG or WebP picture" in await told("/text")
+            assert "Not a PNG, JPEG or WebP image" in await told("/text")
         else:
             assert "not fetched from remote URLs" in await told("/picture")
     assert len(site.asked) == (2 if allowed else 0)

@@ -206,8 +206,8 @@ def test_the_exported_model_is_served_as_any_other(trained: Path) -> None:
     }
     defaults = model.card.family.defaults_for("text_to_image")
     assert (defaults.width, defaults.height, defaults.num_inference_steps) == (48, 48, 2)
-    of_clips = model.card.family.defaults_for("text_to_video")
-    assert (of_clips.width, of_clips.height, of_clips.num_frames) == (32, 32, 5)
+    of_videos = model.card.family.defaults_for("text_to_video")
+    assert (of_videos.width, of_videos.height, of_videos.num_frames) == (32, 32, 5)
     assert defaults.negative_prompt == ""
     size = sum(file.stat().st_size for file in (trained / "model").rglob("*.safetensors"))
     assert size < 2.1 * sum(

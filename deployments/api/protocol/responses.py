@@ -12,32 +12,32 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 
-class Answer(BaseModel):
+class WireResponse(BaseModel):
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
 
-class ErrorObject(Answer):
+class ErrorObject(WireResponse):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class ErrorAnswer(Answer):
+class ErrorResponse(WireResponse):
     """Every answer with a status of 400 and above."""
 
     error: ErrorObject
     detail: str = Field(description="The message again, where clients of FastAPI servers look for it.")
 
 
-class ImageData(Answer):
+class ImageData(WireResponse):
     b64_json: str | None = None
     url: str | None = None
-    seed: int = Field(description="Extension: the seed that gives this picture again.")
+    seed: int = Field(description="Extension: the seed that gives this output again.")
 
 
-class ImagesResponse(Answer):
-    id: str = Field(description="Extension: names the pictures in `GET /v1/images/{id}/content`.")
+class ImagesResponse(WireResponse):
+    id: str = Field(description="Extension: names the images in `GET /v1/images/{id}/content`.")
     created: int
     background: Literal["opaque"] = "opaque"
     output_format: str
@@ -46,12 +46,12 @@ class ImagesResponse(Answer):
     timings: Mapping[str, float] = Field(description="Extension: seconds by stage.")
 
 
-class InputTokensDetails(Answer):
+class InputTokensDetails(WireResponse):
     image_tokens: int = 0
     text_tokens: int = 0
 
 
-class Usage(Answer):
+class Usage(WireResponse):
     """Diffusion models count no tokens, but OpenAI's clients require the object in the last event of a stream."""
 
     input_tokens: int = 0
@@ -60,7 +60,7 @@ class Usage(Answer):
     total_tokens: int = 0
 
 
-class ImageEvent(Answer):
+class ImageEvent(WireResponse):
     """What the two events of a picture's stream have in common."""
 
     b64_json: str
@@ -79,15 +79,15 @@ class PartialImageEvent(ImageEvent):
 class CompletedImageEvent(ImageEvent):
     type: Literal["image_generation.completed", "image_edit.completed"]
     usage: Usage = Usage()
-    seed: int = Field(description="Extension: the seed that gives this picture again.")
+    seed: int = Field(description="Extension: the seed that gives this output again.")
 
 
-class VideoErrorObject(Answer):
+class VideoErrorObject(WireResponse):
     code: str
     message: str
 
 
-class VideoObject(Answer):
+class VideoObject(WireResponse):
     id: str
     object: Literal["video"] = "video"
     model: str
@@ -101,15 +101,17 @@ class VideoObject(Answer):
     seconds: str
     remixed_from_video_id: None = None
     error: VideoErrorObject | None
-    n: int = Field(description="Extension: clips; all but the first are `GET …/content?variant=1`, 2, ….")
-    seeds: list[int] = Field(description="Extension: the seed of each clip.")
+    n: int = Field(
+        description="Extension: number of outputs; all but the first are at `GET …/content?variant=1`, 2, …."
+    )
+    seeds: list[int] = Field(description="Extension: the seed of each output.")
     num_frames: int = Field(description="Extension.")
     fps: int = Field(description="Extension.")
     num_inference_steps: int = Field(description="Extension.")
     timings: Mapping[str, float] = Field(description="Extension: seconds by stage, once completed.")
 
 
-class VideoList(Answer):
+class VideoList(WireResponse):
     object: Literal["list"] = "list"
     data: list[VideoObject]
     first_id: str | None
@@ -117,13 +119,13 @@ class VideoList(Answer):
     has_more: bool
 
 
-class DeletedVideo(Answer):
+class DeletedVideo(WireResponse):
     id: str
     object: Literal["video.deleted"] = "video.deleted"
     deleted: Literal[True] = True
 
 
-class ModelObject(Answer):
+class ModelObject(WireResponse):
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -140,25 +142,25 @@ class ModelObject(Answer):
     device: str
 
 
-class ModelList(Answer):
+class ModelList(WireResponse):
     object: Literal["list"] = "list"
     data: list[ModelObject]
 
 
-class AppliedLoRA(Answer):
+class AppliedLoRA(WireResponse):
     nickname: str
     strength: float
     target: list[str]
 
 
-class LoadedAdapter(Answer):
+class LoadedAdapter(WireResponse):
     nickname: str
     path: str
     rank: int
     num_bytes: int
 
 
-class ActiveAdapters(Answer):
+class ActiveAdapters(WireResponse):
     """The composition on one transformer; `nickname`, `path` and `strength` join or take the first of several."""
 
     nickname: str
@@ -170,7 +172,7 @@ class ActiveAdapters(Answer):
     strengths: list[float]
 
 
-class LoRAList(Answer):
+class LoRAList(WireResponse):
     loaded_adapters: list[LoadedAdapter]
     active: dict[str, list[ActiveAdapters]] = Field(
         description="By transformer: what is merged, or was set and then unmerged. A list, as SGLang has it, of one."
@@ -182,12 +184,12 @@ class LoRAList(Answer):
     """By replica: host memory with which each rank keeps the original weights, to restore them bit for bit."""
 
 
-class LoRAAnswer(LoRAList):
+class LoRAResponse(LoRAList):
     """Answer of the routes that change adapters: SGLang's two fields, then how things stand now."""
 
     status: Literal["ok"] = "ok"
     message: str
 
 
-class Health(Answer):
+class Health(WireResponse):
     status: Literal["ok", "ready"]
