@@ -32,23 +32,25 @@ class ServerArgs(BaseModel):
 
     model_path: str | None = Field(
         None,
-        description="Diffusers model: a local folder or a Hugging Face repo id. Left out: the small bundled model.",
+        description="Diffusers model: a local folder or a Hugging Face repo id. Default: the small bundled model.",
     )
-    served_model_name: str | None = Field(None, description="Model id in the API. Left out: the model path.")
+    served_model_name: str | None = Field(None, description="Model id in the API. Default: the model path.")
     host: str = Field("127.0.0.1", description="Address the HTTP server listens on.")
     port: int = Field(30000, ge=1, le=65535, description="Port the HTTP server listens on.")
     public_url: str | None = Field(
-        None, description="Base URL clients reach the server at; makes the URLs in answers absolute."
+        None, description="Base URL that clients reach the server at; makes the URLs in responses absolute."
     )
 
     api_key: ApiKeys = Field(
-        (), repr=False, description="Key that /v1 asks for; repeatable. Command lines are no secret: prefer a file."
+        (),
+        repr=False,
+        description="API key that /v1 requires; repeatable. Command lines are not secret: prefer a file.",
     )
-    api_key_file: str | None = Field(None, description="File with such keys, one a line.")
+    api_key_file: str | None = Field(None, description="File of such keys, one per line.")
     admin_api_key: ApiKeys = Field(
-        (), repr=False, description="Key that the LoRA routes ask for, and that every other takes; repeatable."
+        (), repr=False, description="API key that the LoRA routes require and all other routes accept; repeatable."
     )
-    admin_api_key_file: str | None = Field(None, description="File with such keys, one a line.")
+    admin_api_key_file: str | None = Field(None, description="File of such keys, one per line.")
 
     allowed_origin: Origins = Field(
         (),
@@ -56,15 +58,17 @@ class ServerArgs(BaseModel):
     )
 
     # OpenAI's largest picture, and its longest clip (20 s) at 60 frames per second.
-    max_pixels: int = Field(3840 * 2160, ge=1, description="Pixels of a frame that a request may ask for.")
-    max_frames: int = Field(1200, ge=1, description="Frames of a clip that a request may ask for.")
+    max_pixels: int = Field(3840 * 2160, ge=1, description="Most pixels per frame that a request may ask for.")
+    max_frames: int = Field(1200, ge=1, description="Most frames per video that a request may ask for.")
     # OpenAI's limit for one input image.
-    max_upload_bytes: int = Field(50 * 10**6, ge=1, description="Bytes of each picture that a request brings along.")
+    max_upload_bytes: int = Field(50 * 10**6, ge=1, description="Largest image that a request may upload, in bytes.")
     allow_remote_media: bool = Field(
-        False, description="Fetch input pictures given as http(s) URLs, from public addresses only."
+        False, description="Fetch input images given as http(s) URLs, from public addresses only."
     )
 
-    num_gpus: int = Field(1, ge=1, description="Ranks in all. Without CUDA they are CPU processes over gloo.")
+    num_gpus: int = Field(
+        1, ge=1, description="Total number of ranks. Without CUDA they are CPU processes that talk over gloo."
+    )
     dp_size: int = Field(1, ge=1, description="Engine replicas, each with num_gpus / dp_size ranks.")
     sp_degree: int | None = Field(None, ge=1, description="Sequence-parallel ranks: ulysses_degree * ring_degree.")
     ulysses_degree: int | None = Field(None, ge=1, description="Ulysses (all-to-all over heads) degree.")
@@ -73,18 +77,18 @@ class ServerArgs(BaseModel):
         False, description="Run the two branches of classifier-free guidance on different ranks."
     )
 
-    device: Device = Field("auto", description="Where the ranks compute; auto takes CUDA where there is one.")
+    device: Device = Field("auto", description="Where the ranks compute; auto is CUDA if available.")
     dtype: Dtype = Field(
         "auto",
-        description="Precision of every component; auto is bf16 where the hardware multiplies it natively, with Wan's "
-        "VAE in fp32 on CUDA.",
+        description="Precision of every component; auto is bf16 on hardware with native bf16 arithmetic, else fp32. "
+        "Wan's VAE stays in fp32 on CUDA.",
     )
     attention_backend: str | None = Field(
         None,
-        description="Attention kernel by its diffusers name (native, flash, sage, …) or SGLang's (torch_sdpa, fa, "
-        "sage_attn). A ring has its own.",
+        description="Attention kernel, by its name in diffusers (native, flash, sage, …) or SGLang (torch_sdpa, fa, "
+        "sage_attn). Not with ring attention, which has its own kernel.",
     )
-    enable_torch_compile: bool = Field(False, description="Compile the transformer's repeated blocks.")
+    enable_torch_compile: bool = Field(False, description="Compile the transformer's blocks with torch.compile.")
     text_encoder_cpu_offload: bool = Field(False, description="Keep text encoders in host memory between uses.")
     vae_cpu_offload: bool = Field(False, description="Keep the VAE in host memory between uses.")
     dit_cpu_offload: bool = Field(False, description="Keep the diffusion transformer in host memory between jobs.")
@@ -104,47 +108,55 @@ class ServerArgs(BaseModel):
     )
     lora_dir: str | None = Field(
         None,
-        description="The only folder adapters are taken from: paths start in it, what lies outside and Hugging Face "
-        "repo ids are refused. Left out: any file that the ranks can read, any repo.",
+        description="The only folder adapters may be loaded from; paths are relative to it, and repo ids are refused. "
+        "Default: any file the ranks can read, and any Hugging Face repo.",
     )
     lora_restore: Literal["copy", "reload"] = Field(
         "copy",
-        description="Where weights come from when an adapter is taken out: copies of them in host memory, or the "
-        "model's files, which takes longer and no memory.",
+        description="Where the original weights come from when an adapter is unmerged: copies in host memory, or the "
+        "model's files (slower, but takes no memory).",
     )
     lora_cache_bytes: int = Field(
-        4 * 2**30, ge=0, description="Host memory for loaded adapters; the least recently used go first."
+        4 * 2**30,
+        ge=0,
+        description="Host memory for loaded adapters, in bytes; the least recently used are dropped first.",
     )
 
     max_queue: int = Field(
-        256, ge=1, description="Pictures that may wait per engine replica, and videos that may be unfinished in all."
+        256,
+        ge=1,
+        description="Most images waiting per engine replica, and most unfinished videos in total; beyond that, 429.",
     )
-    max_retries: int = Field(3, ge=0, description="How often a video is begun again after its workers died.")
+    max_retries: int = Field(3, ge=0, description="How often a video is restarted after its workers died.")
     job_timeout: float | None = Field(
-        None, gt=0, description="Seconds that a job may compute before it fails; waiting is not counted."
+        None, gt=0, description="Seconds a job may compute before it fails; time in the queue does not count."
     )
     no_preemption: bool = Field(
-        False, description="Let a running video finish instead of giving way to pictures between two steps."
+        False, description="Let a running video finish instead of pausing it between two steps for images."
     )
 
     output_path: str = Field(
-        "outputs", min_length=1, description="Where images and videos are kept: a folder or an fsspec URL."
+        "outputs", min_length=1, description="Where images and videos are stored: a folder or an fsspec URL."
     )
     state_path: str = Field("outputs/jobs.sqlite3", min_length=1, description="SQLite file that holds the video jobs.")
     video_ttl: float | None = Field(
-        None, gt=0, description="Seconds a finished video or a stored picture is kept. Left out: until it is deleted."
+        None,
+        gt=0,
+        description="Seconds that finished videos and stored images are kept. Default: until a client deletes them.",
     )
     storage_bytes: int | None = Field(
-        None, ge=0, description="Bytes of finished videos and stored pictures; beyond them the oldest are deleted."
+        None, ge=0, description="Most bytes of finished videos and stored images; beyond that, the oldest are deleted."
     )
     num_cpus_per_rank: float = Field(
-        0.1, gt=0, description="CPUs each rank reserves in Ray (scheduling only; threads follow the machine)."
+        0.1,
+        gt=0,
+        description="CPUs each rank reserves in Ray (for scheduling only; its threads follow the machine).",
     )
     metrics_port: int | None = Field(
         None,
         ge=1,
         le=65535,
-        description="Port of the Prometheus metrics. Left out: any; a cluster that is joined has one per node.",
+        description="Port of the Prometheus metrics. Default: a random free one. Not used when joining a cluster.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Level of the server's log.")
     log_format: Literal["text", "json"] = Field("text", description="Lines of the server's log.")

@@ -38,11 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     generate = commands.add_parser("generate", help="make an image or a video without a server", **settings)
     add_flags(generate, only=MODEL_FIELDS)
     for name in SAMPLING_FIELDS:
-        described = VideoRequest.model_fields[name].description
-        generate.add_argument(f"--{name.replace('_', '-')}", type=str, required=name == "prompt", help=described)
-    generate.add_argument("--image-path", type=Path, nargs="+", default=[], help="Input images.")
+        described = (VideoRequest.model_fields[name].description or "").removeprefix("Extension: ")
+        help_text = described[:1].upper() + described[1:]
+        flag, required = f"--{name.replace('_', '-')}", name == "prompt"
+        generate.add_argument(flag, type=str, required=required, metavar="VALUE", help=help_text)
+    generate.add_argument("--image-path", type=Path, nargs="+", default=[], metavar="FILE", help="Input images.")
     generate.add_argument(
-        "--output-path", type=Path, required=True, help="A file (.png, .webp, .jpg, .mp4) or a folder."
+        "--output-path",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="A file (.png, .webp, .jpg, .mp4), or a folder for one file per output.",
     )
     generate.set_defaults(run=_generate)
     arguments = vars(parser.parse_args(argv))
@@ -59,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.MetavarTypeHelpFormatter):
-    """Shows types and defaults."""
+    """Shows types, and defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
 def add_flags(parser: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
@@ -36,7 +38,7 @@ def create_app(
     """
     app = FastAPIOffline(
         title="ditserve",
-        version="0.1.0",
+        version=version("ditserve"),
         description="OpenAI's Images and Videos API and SGLang's LoRA management for diffusion transformers.",
     )
     app.state.services = Services(args, engine, state, keyring)

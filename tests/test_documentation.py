@@ -1,13 +1,15 @@
-"""What the documents list is what there is: every route with its fields, every flag with its default."""
+"""What the documents list is what there is: every route with its fields, every flag, every family of models."""
 
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from typing import Any, get_args
 
 import pytest
 
+from configs.model_family import ModelFamily, families
 from configs.server_args import ServerArgs
 from tests.documentation import LANGUAGES, REPOSITORY, sections
 
@@ -75,6 +77,27 @@ def test_the_example_of_an_error_is_json_of_the_envelope() -> None:
     envelope = json.loads(example)
     assert set(envelope) == {"error", "detail"}
     assert set(envelope["error"]) == {"message", "type", "param", "code"}
+
+
+SUPPORTED_TASKS = ("text_to_image", "image_edit", "inpaint", "text_to_video", "image_to_video")
+"""As the columns of the table of models have them."""
+
+
+@pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
+def test_every_family_is_listed_with_what_it_can_do(family: ModelFamily) -> None:
+    rows = re.findall(
+        r"^\|[^|]+\| `([\w.-]+)` \|(.*)\|$", (REPOSITORY / "docs" / "models.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) == len(families())
+    *abilities, images, size = (cell.strip() for cell in dict(rows)[family.name].split("|"))
+    assert [task for task, cell in zip(SUPPORTED_TASKS, abilities, strict=True) if cell] == [
+        task for task in SUPPORTED_TASKS if task in family.tasks
+    ]
+    takes_images = set(family.tasks) - {"text_to_image", "text_to_video"}
+    assert images == (str(family.max_images) if takes_images else "")
+    defaults = family.defaults
+    frames = f", {defaults.num_frames} frames" if defaults.num_frames > 1 else ""
+    assert size == f"{defaults.width}×{defaults.height}{frames}"
 
 
 def test_every_flag_is_described_as_the_command_line_does() -> None:

@@ -111,6 +111,24 @@ def test_an_unknown_flag_or_value_ends_with_status_2(flags: list[str]) -> None:
     assert exit_.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("command", "shown", "hidden"),
+    [
+        ("serve", "Port the HTTP server listens on. (default: 30000)", "(default: None)"),
+        ("generate", "--guidance-scale-2 VALUE", "Extension"),
+    ],
+)
+def test_help_shows_what_a_user_can_do(
+    capsys: pytest.CaptureFixture[str], command: str, shown: str, hidden: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert shown in text
+    assert hidden not in text
+
+
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["--version"])
