@@ -1,6 +1,6 @@
-"""A job in the words of a diffusers pipeline: the one place that knows how pipelines name their arguments.
+"""A job as the arguments of a diffusers pipeline: the one place that knows how pipelines name them.
 
-What a pipeline accepts is read from the signature of its `__call__`, so that nothing here depends on a model's name.
+The arguments a pipeline accepts are read from the signature of its `__call__`; nothing here depends on a model's name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipelines.job import InvalidJob, Job, Task
 
 @dataclass(frozen=True)
 class Canvas:
-    """The size a pipeline is to compute: the next that the model can, of which the asked one is the top left part."""
+    """The size a pipeline computes: the next size the model supports, whose top left part is the requested one."""
 
     width: int
     height: int
@@ -65,7 +65,7 @@ def call_arguments(
         "true_cfg_scale": job.true_cfg_scale,
         "strength": job.strength,
         "max_sequence_length": family.max_sequence_length,
-        # Kontext scales the asked size to this area, about a megapixel if left out.
+        # Kontext scales the requested size to this area, by default about a megapixel.
         "max_area": canvas.width * canvas.height,
     }
     if "strength" in accepted and job.strength is not None and job.strength * job.num_inference_steps < 1:
@@ -74,7 +74,7 @@ def call_arguments(
             "strength",
         )
     if images:
-        # A source is what the output starts from, pixel for pixel; a reference is only looked at, at its own size.
+        # The output starts from a source, pixel for pixel; a reference is only looked at, at its own size.
         is_source = job.task is Task.IMAGE_TO_VIDEO or "strength" in accepted or "mask_image" in accepted
         values |= _source_arguments(job, canvas, images, mask) if is_source else _reference_arguments(images)
     return {name: value for name, value in values.items() if name in accepted and value is not None}
@@ -86,7 +86,7 @@ def _source_arguments(
     first, *others = [_on_canvas(opaque(image), job, canvas) for image in images]
     return {
         "image": first,
-        # A picture is a clip of one frame to a video-to-video pipeline.
+        # To a video-to-video pipeline, an image is a video of one frame.
         "video": [first],
         "last_image": others[0] if others else None,
         "image_reference": others or None,
@@ -102,7 +102,7 @@ def _reference_arguments(images: Sequence[Image.Image]) -> dict[str, Any]:
 
 
 def opaque(image: Image.Image) -> Image.Image:
-    """RGB, with white behind what is transparent."""
+    """RGB, with white behind transparent pixels."""
     if image.mode != "RGBA":
         return image.convert("RGB")
     white = Image.new("RGBA", image.size, "white")
@@ -110,7 +110,7 @@ def opaque(image: Image.Image) -> Image.Image:
 
 
 def _on_canvas(image: Image.Image, job: Job, canvas: Canvas) -> Image.Image:
-    """Scale and centre-crop to the asked size, then repeat the last column and row up to the computed one."""
+    """Scale and centre-crop to the requested size, then repeat the last column and row to fill the canvas."""
     pixels = np.asarray(ImageOps.fit(image, (job.width, job.height), Image.Resampling.LANCZOS))
     right, bottom = canvas.width - job.width, canvas.height - job.height
     return Image.fromarray(np.pad(pixels, [(0, bottom), (0, right)] + [(0, 0)] * (pixels.ndim - 2), mode="edge"))

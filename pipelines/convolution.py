@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 CAUSAL_CONVOLUTIONS = ("WanCausalConv3d", "QwenImageCausalConv3d")
-"""Classes of the autoencoders of Wan and of Qwen-Image. By name, for importing both would cost each start its time."""
+"""Classes in the autoencoders of Wan and Qwen-Image. By name, because importing both would slow down every startup."""
 
 
 def skip_padding(vae: nn.Module) -> None:
-    """Let each causal convolution of `vae` compute as a sum of 2D convolutions, one for each tap of time.
+    """Make each causal convolution of `vae` compute a sum of 2D convolutions, one for each tap in time.
 
-    The result is the same to rounding. Of a still's three taps, two see nothing but padding; and CPUs have better
-    kernels for 2D: in float32 on two cores a still of 256x256 is decoded 4 to 5 times as fast, 17 frames of it 4 times.
+    The result is the same up to rounding. For an image, two of the three taps see nothing but padding; and CPUs have
+    better kernels for 2D. In float32 on two cores, a 256x256 image decodes 4 to 5 times as fast, 17 frames 4 times.
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv3d) and type(module).__name__ in CAUSAL_CONVOLUTIONS:
@@ -24,8 +24,8 @@ def skip_padding(vae: nn.Module) -> None:
 
 
 def _forward_by_taps(convolution: nn.Conv3d, frames: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
-    """`frames` (B, C, T, H, W) after those of `cache_x`, as the convolution's own forward takes them."""
-    padding: tuple[int, ...] = convolution._padding  # type: ignore[assignment] # a module's, for all mypy knows
+    """The convolution's own forward, with the same arguments: `frames` (B, C, T, H, W) follow those of `cache_x`."""
+    padding: tuple[int, ...] = convolution._padding  # type: ignore[assignment] # mypy takes it for a module
     left, _, top, _, missing, _ = padding
     if cache_x is not None and missing > 0:
         frames = torch.cat([cache_x, frames], 2)
@@ -36,7 +36,7 @@ def _forward_by_taps(convolution: nn.Conv3d, frames: torch.Tensor, cache_x: torc
     by_frame = frames.transpose(1, 2)
     total: torch.Tensor | None = None
     for tap in range(taps):
-        # Output t sees input t * stride + tap - missing here; those before the first frame are padding.
+        # Through this tap, output t sees input t * stride + tap - missing; inputs before the first frame are padding.
         first = max(0, -((tap - missing) // stride))
         if first >= out_length:
             continue

@@ -1,6 +1,6 @@
-"""What can be said of a model that no family lists, from the signatures of its pipeline's class.
+"""A family for a model that no family lists, derived from the signatures of its pipeline's class.
 
-Importing diffusers' table of related pipelines imports them all, so this module is for such models only.
+Importing diffusers' table of related pipelines imports them all, so import this module for such models only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from configs.model_family import Match, ModelFamily, SamplingDefaults
 from pipelines.job import Task
 
 REQUEST_PARAMETERS = ("negative_prompt", "guidance_scale", "guidance_scale_2", "true_cfg_scale", "strength")
-"""Parameters of a request that pipelines know by the same name."""
+"""Request parameters that pipelines know by the same name."""
 
 SPATIAL_FACTORS = (
     "vae_scale_factor_spatial",
@@ -30,11 +30,11 @@ SPATIAL_FACTORS = (
     "vae_scale_factor",
 )
 TEMPORAL_FACTORS = ("vae_scale_factor_temporal", "vae_temporal_scale_factor", "vae_temporal_compression_ratio")
-"""What pipelines call the pixels, and the frames, that their VAE makes one latent of."""
+"""Pipelines' names for the number of pixels per side, and of frames, that their VAE compresses into one latent."""
 
 
 def derive_family(pipeline: DiffusionPipeline) -> ModelFamily:
-    """The tasks, parameters, limits and defaults that the pipeline's class declares. It serves on one rank."""
+    """The tasks, parameters, limits and defaults that the pipeline's class declares. It runs on one rank only."""
     name = type(pipeline).__name__
     tasks = tasks_of(type(pipeline))
     accepted = ChainMap(*[dict(call_defaults(pipeline_class)) for pipeline_class in tasks.values()])
@@ -57,7 +57,7 @@ def derive_family(pipeline: DiffusionPipeline) -> ModelFamily:
             true_cfg_scale=accepted.get("true_cfg_scale"),
             strength=accepted.get("strength"),
         ),
-        # Latents are cut in patches of two at most.
+        # Latents are cut into patches of at most 2x2.
         size_multiple=2 * scale_factor(pipeline, *SPATIAL_FACTORS, default=8),
         frame_multiple=scale_factor(pipeline, *TEMPORAL_FACTORS, default=1),
         sharded=False,
@@ -89,13 +89,13 @@ def tasks_of(pipeline_class: type[DiffusionPipeline]) -> dict[Task, type[Diffusi
 
 
 def call_defaults(pipeline_class: type[DiffusionPipeline]) -> Mapping[str, Any]:
-    """Arguments of a pipeline's call with their default values; `Parameter.empty` for those it demands."""
+    """Arguments of a pipeline's call with their default values; `Parameter.empty` for required ones."""
     parameters = inspect.signature(pipeline_class.__call__).parameters
     return {name: parameter.default for name, parameter in parameters.items()}
 
 
 def native_edge(pipeline: DiffusionPipeline) -> int:
-    """Width and height a picture model was trained at, as pipelines reckon them themselves; 512 if nothing says."""
+    """The width and height an image model was trained at, computed as pipelines do; 512 if unknown."""
     sample_size = getattr(pipeline, "default_sample_size", None)
     for name in ("unet", "transformer"):
         config = getattr(getattr(pipeline, name, None), "config", {})
@@ -106,5 +106,5 @@ def native_edge(pipeline: DiffusionPipeline) -> int:
 
 
 def scale_factor(pipeline: DiffusionPipeline, *names: str, default: int) -> int:
-    """The first of these attributes that the pipeline has."""
+    """The value of the first of these attributes that the pipeline has, or `default`."""
     return next((getattr(pipeline, name) for name in names if hasattr(pipeline, name)), default)

@@ -1,4 +1,4 @@
-"""A text that was encoded before is not encoded again."""
+"""A cache of text encodings, so that a repeated text is not encoded again."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from diffusers import DiffusionPipeline
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 TEXT_METHODS = ("_get_t5_prompt_embeds", "_get_clip_prompt_embeds")
-"""Of pipelines that encode each text by itself, so that a new prompt leaves the negative one remembered."""
+"""Methods of pipelines that encode each text separately: with a new prompt, the negative one stays cached."""
 
 REMEMBERED_BYTES = 2**26
-"""16 texts of Wan or FLUX.1 (512 tokens of 4096 in bf16), 200 short ones of Z-Image."""
+"""Room for 16 texts of Wan or FLUX.1 (512 tokens of width 4096 in bf16), or for 200 short ones of Z-Image."""
 
 
 class EncodingMemory:
-    """The encodings that a model's pipelines made last.
+    """The encodings that a model's pipelines used most recently.
 
     Nearly all requests share their negative prompt, and people try one prompt with many seeds. With the encoder in host
-    memory (`--text-encoder-cpu-offload`) each text that is not encoded saves a transfer of the whole encoder.
+    memory (`--text-encoder-cpu-offload`), each cached text saves a transfer of the whole encoder.
     """
 
     def __init__(self, max_bytes: int = REMEMBERED_BYTES):
@@ -31,7 +31,7 @@ class EncodingMemory:
         self.num_bytes = 0
 
     def attach(self, pipeline: DiffusionPipeline) -> None:
-        """Let `pipeline` ask here before it encodes a text. Encodings of texts with pictures are not kept."""
+        """Make `pipeline` look here before it encodes a text. Encodings of texts with images are not cached."""
         each_text = [name for name in TEXT_METHODS if hasattr(pipeline, name)]
         all_texts = [name for name in ("encode_prompt",) if hasattr(pipeline, name)]
         for name in each_text or all_texts:
@@ -54,14 +54,14 @@ class EncodingMemory:
             encoding = self._encodings[key]
             while self.num_bytes > self._max_bytes:
                 self.num_bytes -= num_bytes(self._encodings.popitem(last=False)[1])
-            # A copy: what a pipeline does to its own must not change the next one's.
+            # A copy: a pipeline that edits its encoding in place must not change the cached one.
             return tree_map_only(torch.Tensor, torch.clone, encoding)
 
         return encode_or_remember
 
 
 def as_key(value: Any) -> Hashable | None:
-    """Equal for equal texts and options; None if there is anything else among them, a picture or a tensor."""
+    """A key, equal for equal texts and options; None if there is anything else in `value`, an image or a tensor."""
     if isinstance(value, list | tuple):
         parts = [as_key(each) for each in value]
         return None if None in parts else tuple(parts)

@@ -25,23 +25,23 @@ from pipelines.uploads import MAX_INPUT_PIXELS, decode_image, decode_mask
 def generate(model: Model, job: Job, media: Media) -> Generator[Event, None, None]:
     """Compute `job`: a `Progress` after every denoising step, `Preview`s on the way, a `Result` at the end.
 
-    Nothing happens between two `next()`: several generations may be advanced in turn, in any order, from the thread
-    that started them, and each gives the pixels that it gives alone. `close()` ends one in the step it is suspended
-    in and leaves the model as it was.
+    Nothing runs between two `next()` calls. Several generations may be advanced in turn, in any order, from the thread
+    that started them, and each yields the same pixels as when it runs alone. `close()` ends a generation in the step
+    where it is suspended and leaves the model unchanged.
 
-    In a gang every rank advances the same generation in lock step, and all give the same `Progress` and `OutputDone`.
-    Rank 0 alone decodes: it gives the previews, each before the `Progress` of its step, and the outputs; the `Result`
-    of the others has none.
+    In a gang every rank advances the same generation in lock step, and all yield the same `Progress` and `OutputDone`.
+    Only rank 0 decodes: it yields the previews, each before the `Progress` of its step, and the outputs. The `Result`
+    of the other ranks has no outputs.
 
     Raises:
-        InvalidJob: an input is no picture, or the pipeline itself refuses an argument.
-        FailedAlone: rank 0 could not decode or encode; the others come to their next `Progress` or `OutputDone`.
+        InvalidJob: an input is not an image, or the pipeline itself rejects an argument.
+        FailedAlone: rank 0 could not decode or encode; the others reach their next `Progress` or `OutputDone`.
     """
     return iterate(lambda emit: Generation(model, job, emit).run(*decoded_inputs(job, media)))
 
 
 def decoded_inputs(job: Job, media: Media) -> tuple[list[Image.Image], Image.Image | None]:
-    """The job's images, and its mask in the sense of diffusers: white is edited."""
+    """The job's images, and its mask as diffusers expects it: white is edited."""
     images = [decode_image(media[key], max_pixels=MAX_INPUT_PIXELS) for key in job.images]
     if job.mask is None:
         return images, None
@@ -49,7 +49,7 @@ def decoded_inputs(job: Job, media: Media) -> tuple[list[Image.Image], Image.Ima
 
 
 class Generation:
-    """One job on its way through the pipeline, on the stack that `iterate` suspends."""
+    """One job running through the pipeline, on the stack that `iterate` suspends."""
 
     def __init__(self, model: Model, job: Job, emit: Callable[[Event], object]):
         self.model = model
@@ -65,7 +65,7 @@ class Generation:
         self._estimate: DenoisedEstimate | None = None
 
     def run(self, images: list[Image.Image], mask: Image.Image | None) -> None:
-        """One pipeline call per seed; all but the noise is the same, so that prompts are encoded once."""
+        """One pipeline call per seed. Only the noise differs between calls, so prompts are encoded once."""
         job = self.job
         pipeline = self.model.pipeline_for(job.task)
         if job.flow_shift is not None:
@@ -77,7 +77,7 @@ class Generation:
             self.model.guidance.attend(pipeline.scheduler)
         refuse_as_invalid_job(pipeline)
         pipeline.progress_bar = self._progress_bar
-        # Those of a suspended job leave too, or an encoder that takes turns with them would find no room.
+        # This also moves a suspended job's offloaded transformers off the GPU, to make room for an offloaded encoder.
         self.model.rest_transformers()
 
         outputs = []
@@ -87,7 +87,7 @@ class Generation:
                 with encoded_once(pipeline, self._encodings):
                     pixels = pipeline(
                         **self._arguments,
-                        # On the CPU, a seed gives the same noise whatever the device.
+                        # A CPU generator gives the same noise for a seed on every device.
                         generator=torch.Generator("cpu").manual_seed(seed),
                         output_type="pt" if self._leads else "latent",
                         return_dict=False,
@@ -111,11 +111,11 @@ class Generation:
 
     @property
     def _others_wait_for_the_next(self) -> bool:
-        """Whether there are other ranks, and an output after this one."""
+        """Whether there are other ranks and another output after this one."""
         return self.model.mesh is not None and self._outputs_done + 1 < len(self.job.seeds)
 
     def _progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> StepBar:
-        """Stands in for the pipeline's own."""
+        """Replaces the pipeline's own progress bar."""
         self.stopwatch.enter("denoise")
         return StepBar(range(total) if total is not None else list(iterable or ()), self._step_done)
 
@@ -134,7 +134,7 @@ class Generation:
     def _give_preview(self, estimate: DenoisedEstimate, step: int, due: list[int]) -> None:
         if step not in due:
             return
-        # Unshared: the other ranks give no previews and would not meet this one in a collective.
+        # Unshared: the other ranks make no previews and would not join a collective.
         pipeline = self.model.unshared_pipeline_for(self.job.task)
         try:
             with encoded_once(pipeline, self._encodings):
@@ -162,11 +162,11 @@ def with_flow_shift(scheduler: Any, flow_shift: float) -> Any:
 
 @contextmanager
 def encoded_once(pipeline: DiffusionPipeline, recording: list[Any]) -> Iterator[None]:
-    """Give `pipeline.encode_prompt`, where there is one, a memory: its n-th call gives the n-th entry of `recording`,
-    computed if not there yet.
+    """Make the n-th call of `pipeline.encode_prompt`, if it exists, return the n-th entry of `recording`, computed if
+    missing.
 
-    By order and not by argument, since each call of a pipeline for one job makes the same calls of `encode_prompt`,
-    and in a gang a call is a collective, which all ranks must make or none.
+    Calls are matched by order, not by arguments: each call of a pipeline for one job makes the same `encode_prompt`
+    calls, and in a gang such a call is a collective, which all ranks must make or none.
     """
     if not hasattr(pipeline, "encode_prompt"):
         yield
@@ -188,7 +188,7 @@ def encoded_once(pipeline: DiffusionPipeline, recording: list[Any]) -> Iterator[
 
 
 def refuse_as_invalid_job(pipeline: DiffusionPipeline) -> None:
-    """Make what the pipeline's check of its arguments refuses the client's error. Every ValueError after it is ours."""
+    """Report what the pipeline's `check_inputs` rejects as the client's error. Any later ValueError is the server's."""
     if not hasattr(type(pipeline), "check_inputs"):
         return
     check_inputs = pipeline.check_inputs
@@ -205,7 +205,7 @@ def refuse_as_invalid_job(pipeline: DiffusionPipeline) -> None:
 def dismantle(pipeline: DiffusionPipeline) -> None:
     """Free a view's latents and embeddings now.
 
-    The overrides on a view refer back to it, and the interpreter collects such cycles too rarely to hold GPU memory.
+    The overrides on a view refer back to it, and the interpreter collects such cycles too rarely for GPU memory.
     """
     vars(pipeline.scheduler).clear()
     vars(pipeline).clear()

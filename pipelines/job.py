@@ -1,4 +1,4 @@
-"""A job is a value: everything that decides the pixels, and the events that computing it gives.
+"""A job as a value, with everything that decides its pixels, and the events that computing it yields.
 
 Standard library and pydantic only, so that the HTTP process can build jobs without torch.
 """
@@ -75,13 +75,13 @@ class Job(BaseModel):
     output_compression: int = Field(default=100, ge=0, le=100)
     """Quality of webp and jpeg, 0 to 100."""
     partial_images: int = Field(default=0, ge=0, le=3)
-    """Previews to give on the way."""
+    """Number of previews to produce on the way."""
     timeout: float | None = Field(default=None, gt=0)
-    """Seconds after which the job fails if it is not done, waiting included. It decides no pixel."""
+    """Seconds, waiting included, after which the job fails if it is not done. No pixel depends on it."""
 
 
 Media = Mapping[str, bytes]
-"""The bytes of a job's inputs by content key. They travel beside the job, by reference."""
+"""The bytes of a job's inputs, by content key. They are passed alongside the job, by reference."""
 
 
 def content_key(data: bytes) -> str:
@@ -101,22 +101,22 @@ class Progress:
 
 @dataclass(frozen=True)
 class Preview:
-    """A picture of the unfinished latents, encoded in the job's output format."""
+    """An image of the unfinished latents, encoded in the job's output format."""
 
     index: int
-    """0-based count of previews given."""
+    """0-based number of this preview."""
     data: bytes
 
 
 @dataclass(frozen=True)
 class Output:
-    """One finished picture or clip, encoded."""
+    """One finished image or video, encoded."""
 
     data: bytes
     thumbnail: bytes | None = None
-    """WebP of the first frame; clips only."""
+    """WebP of the first frame; videos only."""
     spritesheet: bytes | None = None
-    """JPEG of frames in a grid; clips only."""
+    """JPEG of frames in a grid; videos only."""
 
 
 @dataclass(frozen=True)
@@ -130,18 +130,18 @@ class Result:
 
 @dataclass(frozen=True)
 class OutputDone:
-    """In a gang, an output that is not the last is done: all ranks have taken its steps, and rank 0 has encoded it."""
+    """In a gang, an output other than the last is done: all ranks have run its steps, and rank 0 has encoded it."""
 
 
 Event = Progress | Preview | OutputDone | Result
 
 
 class FailedAlone(Exception):
-    """Rank 0 of a gang failed, by its cause, in what it does while the others go on to where all agree."""
+    """Rank 0 of a gang failed (see `__cause__`) in work of its own, while the others run on to where all agree."""
 
 
 class InvalidJob(ValueError):
-    """The job asks for what the model or the input cannot give: the client's error, not the server's."""
+    """The job asks for something the model or the input cannot provide: the client's error, not the server's."""
 
     def __init__(self, message: str, param: str | None = None):
         super().__init__(message)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pipelines.parallel.mesh import Mesh
 
 TRANSFORMERS = ("transformer", "transformer_2", "unet")
-"""What denoises, by the names that pipelines give it."""
+"""Pipelines' names for the components that denoise."""
 
 
 @dataclass(frozen=True)
@@ -39,26 +39,26 @@ class Model:
 
     card: ModelCard
     directory: Path
-    """Where its files lie, in the diffusers layout."""
+    """Where its files are, in the diffusers layout."""
     pipeline: DiffusionPipeline
-    """As loaded. Jobs compute with views of it."""
+    """As loaded. Jobs run on views of it."""
     pipeline_classes: Mapping[Task, type[DiffusionPipeline]]
     transformers: Mapping[str, nn.Module]
-    """What denoises, and what adapters are merged into, by name: `transformer`, and `transformer_2` of two experts."""
+    """The modules that denoise and that adapters are merged into: `transformer`, and `transformer_2` of two experts."""
     mesh: Mesh | None
     guidance: Guidance | None
-    """Of a gang whose halves compute one branch of guidance each."""
+    """Set in a gang whose halves compute one branch of guidance each."""
     device: torch.device
     dtype: torch.dtype
     encodings: EncodingMemory
-    """Of the texts that this rank encoded."""
+    """Cached encodings of the texts that this rank encoded."""
     rest_transformers: Callable[[], None]
     """Sends offloaded transformers back to host memory: after a job's last step, to make room for the decoder, and
-    before an adapter is merged, which must edit the host tensors and not a copy."""
+    before an adapter is merged, because the merge must edit the host tensors and not a copy."""
 
     def pipeline_for(self, task: Task) -> DiffusionPipeline:
-        """A view for one job, made in milliseconds: the task's pipeline class over the shared modules, with a
-        scheduler of its own, so that jobs can take turns.
+        """A view for one job, made in milliseconds: the task's pipeline class over the shared modules, with its own
+        scheduler, so that jobs can take turns.
 
         Raises:
             InvalidJob: the model cannot do this task.
@@ -71,7 +71,7 @@ class Model:
         return view
 
     def unshared_pipeline_for(self, task: Task) -> DiffusionPipeline:
-        """The same for one rank alone: it encodes for itself, so it must be a rank that has encoders."""
+        """The same for one rank alone, which encodes for itself and so must have the encoders."""
         if task not in self.pipeline_classes:
             raise InvalidJob(f"This model cannot do {task}; it can do {', '.join(self.pipeline_classes)}")
         view = view_of(self.pipeline, self.pipeline_classes[task])
@@ -82,10 +82,10 @@ class Model:
 def load_model(args: ServerArgs, mesh: Mesh | None = None) -> Model:
     """Load the model that `args` names onto this rank's device, in its precision, sharded over `mesh`.
 
-    Ranks other than 0 load no text encoders: they are sent what rank 0 encodes.
+    Ranks other than 0 load no text encoders: they receive what rank 0 encodes.
 
     Raises:
-        ValueError: the path, the model's files or the combination of options will not do. The message is one line.
+        ValueError: the path, the model's files or the combination of options is unusable. The message is one line.
     """
     device = resolve_device(args.device) if mesh is None else mesh.device
     dtype = resolve_dtype(args.dtype, device)
@@ -115,15 +115,15 @@ def load_model(args: ServerArgs, mesh: Mesh | None = None) -> Model:
     transformers = {name: modules[name] for name in TRANSFORMERS if name in modules}
     if device.type == "cpu" and "vae" in modules:
         skip_padding(modules["vae"])
-    # In this order: sharding takes over attention with the kernel chosen for it, blocks are compiled with its hooks,
-    # and what brings weights to the device goes around them all.
+    # The order matters: sharding wraps attention with the kernel chosen for it, blocks are compiled with sharding's
+    # hooks, and moving weights to the device wraps all of these.
     if args.attention_backend is not None:
         for transformer in transformers.values():
             set_attention_backend(transformer, args.attention_backend)
     guidance = None if mesh is None else shard(transformers, mesh)
     if args.enable_torch_compile:
         for transformer in transformers.values():
-            # Hooks on a block, of a sharded or streamed transformer, break the graph.
+            # Sharding and streaming put hooks on blocks, which break the graph.
             compile_blocks(transformer, fullgraph=mesh is None and not args.dit_layerwise_offload)
     rest_transformers = place(modules, transformers, args, device)
     return Model(
@@ -151,10 +151,10 @@ def load_model(args: ServerArgs, mesh: Mesh | None = None) -> Model:
 
 
 def model_directory(model_path: str | None) -> Path:
-    """The local folder of a model: itself, the download of a Hugging Face repo id, or the bundled one for None.
+    """The local folder of a model: the path itself, a downloaded Hugging Face repository, or for None the bundled one.
 
     Raises:
-        ValueError: neither such a folder nor such a repository can be had.
+        ValueError: there is no such folder, and no such repository can be downloaded.
     """
     if model_path is None:
         from pipelines import bundled
@@ -166,7 +166,7 @@ def model_directory(model_path: str | None) -> Path:
     if directory.exists() or model_path.count("/") != 1 or model_path.startswith((".", "/", "~")):
         raise ValueError(f"There is no folder '{model_path}'")
     try:
-        # Of the repository, only what the pipeline needs in the diffusers layout; never a pickle.
+        # Downloads only what the pipeline needs in the diffusers layout, and never a pickle.
         return Path(DiffusionPipeline.download(model_path, use_safetensors=True))
     except Exception as error:
         raise ValueError(
@@ -178,7 +178,7 @@ def read_model_index(directory: Path) -> Mapping[str, Any]:
     """`model_index.json`: the pipeline's class, and the library and class of each component.
 
     Raises:
-        ValueError: there is none, or it is none.
+        ValueError: the file is missing or invalid.
     """
     path = directory / "model_index.json"
     if not path.is_file():
@@ -193,10 +193,10 @@ def read_model_index(directory: Path) -> Mapping[str, Any]:
 
 
 def read_family(directory: Path) -> ModelFamily | None:
-    """The model's family, with what its `ditserve.yaml` changes; None if it is of none that we know.
+    """The model's family, with the changes in its `ditserve.yaml`; None if no known family matches.
 
     Raises:
-        ValueError: its `ditserve.yaml` says what no family can.
+        ValueError: its `ditserve.yaml` describes no valid family.
     """
     try:
         return family_in(directory)
@@ -206,7 +206,7 @@ def read_family(directory: Path) -> ModelFamily | None:
 
 
 def prompt_components(model_index: Mapping[str, Any]) -> tuple[str, ...]:
-    """Text and image encoders with their tokenizers and processors: all that comes from transformers."""
+    """Text and image encoders, their tokenizers and processors: every component from the transformers library."""
     return tuple(name for name, value in model_index.items() if isinstance(value, list) and value[0] == "transformers")
 
 
@@ -217,22 +217,23 @@ def load_pipeline(
     without: tuple[str, ...] = (),
     transformers_to: torch.device | None = None,
 ) -> DiffusionPipeline:
-    """Load every component but those named in `without` onto the CPU.
+    """Load every component except those in `without`, onto the CPU.
 
     Args:
-        dtypes: precision by component, and of all others at `default`.
-        transformers_to: load what denoises straight to this device, tensor by tensor. Otherwise each rank of a node has
-            all of it in host memory for a while, where the files have another precision: 4 ranks of Wan 14B 114 GB.
+        dtypes: precision by component; `default` applies to all others.
+        transformers_to: load the components that denoise straight to this device, tensor by tensor. Otherwise, if the
+            files have another precision, each rank of a node holds them in host memory for a while: 4 ranks of Wan 14B
+            take 114 GB.
 
     Raises:
-        ValueError: the pipeline is none of diffusers', or the files do not fit together, with the first line of the
-            library's reason.
+        ValueError: diffusers has no such pipeline, or the files do not fit together; the message then has the first
+            line of the library's reason.
     """
-    # The class itself and not DiffusionPipeline, which would not know its optional components and load them anyway.
+    # The class itself and not DiffusionPipeline, which does not know its optional components and would load them.
     pipeline_class = getattr(diffusers, model_index["_class_name"], None)
     if pipeline_class is None:
         raise ValueError(f"diffusers {diffusers.__version__} has no pipeline '{model_index['_class_name']}'")
-    # Their bars would fill a server's log.
+    # Progress bars would fill a server's log.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     components: dict[str, Any] = dict.fromkeys(without)
@@ -257,7 +258,7 @@ def shard(transformers: Mapping[str, nn.Module], mesh: Mesh) -> Guidance | None:
     """Spread the transformers over the mesh, and the branches of guidance over its halves if it has two.
 
     Raises:
-        ValueError: there is no way to shard one of them.
+        ValueError: one of them cannot be sharded.
     """
     from pipelines.parallel.guidance import share_guidance
     from pipelines.parallel.sequence import shard_sequence
@@ -268,11 +269,11 @@ def shard(transformers: Mapping[str, nn.Module], mesh: Mesh) -> Guidance | None:
 
 
 SGLANG_ATTENTION_BACKENDS = {"torch_sdpa": "native", "fa": "flash", "sage_attn": "sage"}
-"""SGLang Diffusion's names of kernels that diffusers has too, by the names that those have there."""
+"""SGLang Diffusion's names for kernels that diffusers has too, each with diffusers' name."""
 
 
 def set_attention_backend(transformer: ModelMixin, name: str) -> None:
-    """Have the transformer attend with a kernel of diffusers' or SGLang's name.
+    """Make the transformer use the attention kernel of this name, which is diffusers' or SGLang Diffusion's.
 
     Raises:
         ValueError: there is no such kernel, it does not run here, or the transformer would not use it.
@@ -296,7 +297,7 @@ def set_attention_backend(transformer: ModelMixin, name: str) -> None:
 
 
 def compile_blocks(transformer: ModelMixin, *, fullgraph: bool) -> None:
-    """Compile the blocks a model repeats, which share one graph; the whole model if it names none."""
+    """Compile the model's repeated blocks, which share one graph; the whole model if it names none."""
     if getattr(transformer, "_repeated_blocks", None):
         transformer.compile_repeated_blocks(fullgraph=fullgraph)
     else:
@@ -304,9 +305,9 @@ def compile_blocks(transformer: ModelMixin, *, fullgraph: bool) -> None:
 
 
 def view_of(pipeline: DiffusionPipeline, view_class: type[DiffusionPipeline]) -> DiffusionPipeline:
-    """Another pipeline over the same modules, of any class that has a use for them, with a fresh scheduler.
+    """Another pipeline over the same modules, of any class that can use them, with a fresh scheduler.
 
-    Both compress alike: `WanVideoToVideoPipeline` counts the VAE's stages and overlooks the patches of Wan 2.2's.
+    It keeps the spatial scale factor: `WanVideoToVideoPipeline` counts the VAE's stages and misses Wan 2.2's patches.
     """
     module_names, option_names = view_class._get_signature_keys(view_class)
     arguments = {name: getattr(pipeline, name, None) for name in module_names}

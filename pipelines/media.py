@@ -1,6 +1,6 @@
-"""Pictures and clips to bytes, by Pillow, NumPy and PyAV.
+"""From images and videos to bytes, with Pillow, NumPy and PyAV.
 
-A frame is a uint8 array of shape `(H, W, 3)`, RGB. Clips are encoded frame by frame: no clip is ever held as a list.
+A frame is a uint8 array of shape `(H, W, 3)`, RGB. Videos are encoded frame by frame: none is ever held as a list.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SPRITESHEET_FRAMES = 16
 
 
 def encode_image(image: Image.Image | Frame, image_format: str, compression: int = 100) -> bytes:
-    """Encode one picture as `png`, `webp` or `jpeg`.
+    """Encode one image as `png`, `webp` or `jpeg`.
 
     Args:
         compression: quality of webp and jpeg, 0 to 100. PNG is lossless and ignores it.
@@ -39,7 +39,7 @@ def encode_image(image: Image.Image | Frame, image_format: str, compression: int
             # 1024x1024, one core: 0.16 s at level 1, 0.26 s at Pillow's default 6 for a file 12 % smaller.
             options = {"compress_level": 1}
         case "webp":
-            # Method 2 takes 0.05 s where the default 4 takes 0.12 s, for files of one size.
+            # Method 2 takes 0.05 s, the default 4 takes 0.12 s, for files of the same size.
             options = {"quality": compression, "method": 2}
         case "jpeg":
             options = {"quality": compression}
@@ -51,11 +51,11 @@ def encode_image(image: Image.Image | Frame, image_format: str, compression: int
 
 
 def encode_video(frames: Iterable[Frame], fps: int) -> bytes:
-    """Encode frames of one size as H.264 in MP4, 4:2:0, with the index in front so that playing starts at once.
+    """Encode frames of one size as H.264 in MP4, 4:2:0, with the index in front so that playback starts at once.
 
-    4:2:0 samples colour in 2x2 blocks: an odd width or height gains one column or row, a copy of the last.
+    4:2:0 samples colour in 2x2 blocks, so an odd width or height gains one column or row, a copy of the last.
 
-    Colours are BT.709 and tagged so; untagged, players guess from the height.
+    Colours are BT.709 and tagged as such; without tags, players guess from the height.
     """
     buffer = io.BytesIO()
     # To move the index in front, the muxer opens its own output a second time and reads back what it wrote.
@@ -89,8 +89,8 @@ def encode_video(frames: Iterable[Frame], fps: int) -> bytes:
 
 @cache
 def _repeatable() -> dict[str, str]:
-    """Keep x264 (libx264 of PyAV 18) from its AVX-512 code, with which the same frames give other bytes in 1 of 4 runs,
-    and decode to colours up to 28 of 255 away. With AVX2's: 1 result in 32 runs."""
+    """Keep x264 (PyAV 18's libx264) from its AVX-512 code: it encodes the same frames to other bytes in 1 of 4 runs,
+    which decode to colours up to 28 of 255 off. Its AVX2 code gave 1 result in 32 runs."""
     flags = Path("/proc/cpuinfo")
     return {"x264-params": "asm=avx2"} if flags.exists() and " avx512f " in flags.read_text() else {}
 
@@ -103,13 +103,13 @@ def encode_thumbnail(frame: Frame) -> bytes:
 
 
 def spritesheet_indices(num_frames: int) -> list[int]:
-    """Which frames of a clip its spritesheet shows: at most `SPRITESHEET_FRAMES`, evenly spaced, first and last in."""
+    """The frames that a video's spritesheet shows: at most `SPRITESHEET_FRAMES`, evenly spaced from first to last."""
     count = min(num_frames, SPRITESHEET_FRAMES)
     return [round(i * (num_frames - 1) / max(1, count - 1)) for i in range(count)]
 
 
 def encode_spritesheet(frames: Sequence[Frame]) -> bytes:
-    """A JPEG of the frames in reading order in a grid as square as they allow, at most `SPRITE_EDGE` pixels each."""
+    """A JPEG of the frames in reading order, in a grid close to square, each at most `SPRITE_EDGE` pixels a side."""
     sprites = [Image.fromarray(frame) for frame in frames]
     for sprite in sprites:
         sprite.thumbnail((SPRITE_EDGE, SPRITE_EDGE))

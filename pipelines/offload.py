@@ -1,4 +1,4 @@
-"""Components that live in host memory and come to the GPU only while they are used."""
+"""Components that live in host memory and move to the GPU only while they are used."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from configs.server_args import ServerArgs
 logger = logging.getLogger(__name__)
 
 VAE_ENTRY_POINTS = ("encode", "decode")
-"""Pipelines call these of a VAE, never its `forward`."""
+"""The methods of a VAE that pipelines call; they never call its `forward`."""
 
 ENCODERS = ("text_encoder", "image_encoder")
-"""How the names of the encoders of prompts begin."""
+"""Prefixes of the names of prompt encoders."""
 
 
 def tensors_of(module: nn.Module) -> Iterable[torch.Tensor]:
@@ -30,15 +30,15 @@ def tensors_of(module: nn.Module) -> Iterable[torch.Tensor]:
 class HostResident:
     """A module whose tensors rest in host memory and point at copies on the device while it is used.
 
-    Nothing is copied back: what runs must not change weights. What edits a resting weight in place (a LoRA merge)
-    edits the host tensor, and the next run sees it.
+    Nothing is copied back, so running the module must not change weights. Editing a resting weight in place (a LoRA
+    merge) edits the host tensor, and the next run sees it.
     """
 
     def __init__(self, module: nn.Module, device: torch.device, *, pin: bool):
-        """Bring the module's tensors to host memory, page-locked with `pin`: copies from there are several times
-        faster and do not hold up the host."""
+        """Move the module's tensors to host memory, page-locked with `pin`: copies from pinned memory are several times
+        faster and do not block the host."""
         self.execution_device = device
-        """Where the module's inputs belong. Pipelines look for it here, at the module's `_hf_hook` (accelerate)."""
+        """The device for the module's inputs. Pipelines look it up in the module's `_hf_hook` (accelerate)."""
         self.module = module
         self._resting: list[tuple[torch.Tensor, torch.Tensor]] = []
         for tensor in tensors_of(module):
@@ -47,7 +47,7 @@ class HostResident:
         module._hf_hook = self  # type: ignore[assignment]
 
     def onload(self, copying: AbstractContextManager[object] | None = None) -> None:
-        """Point the tensors at memory of the device, filled within `copying`: the context of a stream, or none."""
+        """Point the tensors at device memory, filled within `copying`: the context of a stream, or none."""
         if self._resting:
             return
         self._resting = [(tensor, tensor.data) for tensor in tensors_of(self.module)]
@@ -67,7 +67,7 @@ class HostResident:
 def keep_in_host_memory(
     module: nn.Module, device: torch.device, *, pin: bool, entry_points: Iterable[str] = ("forward",)
 ) -> None:
-    """Rest `module` in host memory; have it on `device` for the length of each call of an entry point."""
+    """Keep `module` in host memory; move it to `device` for the duration of each entry point call."""
     resident = HostResident(module, device, pin=pin)
 
     def onloaded(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,12 +88,12 @@ def keep_in_host_memory(
 def keep_in_host_memory_between_jobs(
     modules: Iterable[nn.Module], device: torch.device, *, pin: bool
 ) -> Callable[[], None]:
-    """Rest `modules` in host memory; each comes to `device` when it is first called and stays there for further steps.
+    """Keep `modules` in host memory; each moves to `device` at its first call and stays there for further steps.
 
     At most one of them is there at a time: of two experts, the one for low noise displaces the one for high noise.
 
     Returns:
-        What to call when the last step is done: it rests them all.
+        A function that rests them all, to be called when the last step is done.
     """
     residents = [HostResident(module, device, pin=pin) for module in modules]
 
@@ -107,7 +107,7 @@ def keep_in_host_memory_between_jobs(
         resident.module.register_forward_pre_hook(lambda module, inputs, mine=resident: take_turn(mine))
 
     def rest_all() -> None:
-        torch.get_device_module(device).synchronize()  # a copy under way must not read what is edited at rest
+        torch.get_device_module(device).synchronize()  # a copy in flight must not read a weight that is edited at rest
         for resident in residents:
             resident.rest()
 
@@ -117,15 +117,15 @@ def keep_in_host_memory_between_jobs(
 class BlockStream:
     """Blocks that rest in host memory: while one computes, the weights of the next are copied to the device.
 
-    So two of them are there at a time. The next of the last is the first, for the next step. Blocks that run in another
-    order than they are listed in are only not copied ahead.
+    So two of them are on the device at a time. After the last block comes the first, for the next step. Blocks that run
+    out of list order still work; they are just not copied ahead.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, *, pin: bool):
         self._residents = [HostResident(block, device, pin=pin) for block in blocks]
         self._backend = torch.get_device_module(device)
         self._copies = self._backend.Stream()
-        """Where copies are made. Computing goes on in the current stream."""
+        """The stream that copies. Computation stays in the current stream."""
         for number, block in enumerate(blocks):
             block.forward = self._streamed(number, block.forward)
 
@@ -137,7 +137,7 @@ class BlockStream:
             self._end(number)
             return output
 
-        # Compiled blocks share the graph of `forward`. One of this, which has a number, would be of a block alone.
+        # Compiled blocks share the graph of `forward`. This wrapper holds a number, so each block would need its own.
         return torch.compiler.disable(call, recursive=False)
 
     @torch.compiler.disable
@@ -151,31 +151,31 @@ class BlockStream:
         self._residents[number].rest()
 
     def _copy(self, number: int) -> None:
-        """Copy a block that is not there yet, as soon as what has been launched by now is done.
+        """Copy a block that is not on the device yet, once all work launched so far is done.
 
-        Its memory is the computing stream's, and may be what a block that is done has just left. So however far the
-        host is ahead of the device, there is memory of two blocks in use and not of all that were launched.
+        Its memory belongs to the computing stream, and a finished block may have just freed it. So however far the host
+        runs ahead of the device, only the memory of two blocks is in use, not of all launched ones.
         """
         self._copies.wait_stream(self._backend.current_stream())
         self._residents[number].onload(self._backend.stream(self._copies))
 
     def rest(self) -> None:
-        """Point all blocks at host memory again: the one copied last, and those of a forward that failed."""
-        # A copy under way, of a step that the host is ahead of, must neither read what is edited at rest nor write to
-        # memory that it has no more.
+        """Point all blocks at host memory again: the one copied last, and those of a failed forward."""
+        # The host may be ahead of the device: a copy still in flight must neither read a weight that is edited at rest
+        # nor write to memory that has been freed.
         self._backend.synchronize()
         for resident in self._residents:
             resident.rest()
 
 
 def stream_blocks(module: nn.Module, device: torch.device, *, pin: bool) -> Callable[[], None]:
-    """Stream the module's blocks, all that its lists hold, to `device`; what lies outside of them stays there.
+    """Stream the module's blocks (the items of its module lists) to `device`; everything else stays there.
 
-    That is a small part, but FLUX.2's 1.6 GB of it would take longer to move in each step than several blocks. Without
-    `pin` each copy holds up the host, which launches nothing that it could hide behind.
+    The rest is small, but FLUX.2's 1.6 GB of it would take longer to move in each step than several blocks. Without
+    `pin` each copy blocks the host, which meanwhile launches nothing that the copy could hide behind.
 
     Returns:
-        What to call when the last step is done: it rests all blocks.
+        A function that rests all blocks, to be called when the last step is done.
     """
     blocks = [block for child in module.children() if isinstance(child, nn.ModuleList) for block in child]
     streamed = {id(tensor) for block in blocks for tensor in tensors_of(block)}
@@ -194,7 +194,7 @@ def place(
         transformers: which of the components denoise.
 
     Returns:
-        What to call when a job has done its last denoising step: it rests the components that denoise.
+        A function that rests the components that denoise, to be called after a job's last denoising step.
     """
     between_jobs = []
     rests = []

@@ -18,10 +18,11 @@ from pipelines.media import (
 
 
 def asked_frames(pixels: torch.Tensor, job: Job, canvas: Canvas) -> torch.Tensor:
-    """Bring what a pipeline computed, `(1, 3, H, W)` or `(1, F, 3, H, W)`, to the frames and size the job asks for.
+    """Convert a pipeline's output, `(1, 3, H, W)` or `(1, F, 3, H, W)`, to the frames and size the job asks for.
 
-    Some compute another size than their canvas: Qwen-Image-Edit inpaints about a megapixel of its shape whatever is
-    asked, FLUX.2 klein a megapixel at most. They stretch the source to that, so the whole of it is stretched back.
+    Some pipelines compute another size than the canvas: Qwen-Image-Edit always inpaints at about one megapixel in the
+    canvas's shape, FLUX.2 klein at one megapixel at most. They stretch the source to that size, so the whole output is
+    stretched back.
 
     Returns:
         `(F, 3, H, W)`
@@ -29,7 +30,7 @@ def asked_frames(pixels: torch.Tensor, job: Job, canvas: Canvas) -> torch.Tensor
     clip = pixels[0] if pixels.dim() == 5 else pixels
     size = canvas.height, canvas.width
     if clip.shape[-2:] != size:
-        # Antialiased: of a megapixel brought to 256x256, each output pixel sums up 16. Bicubic overshoots at edges.
+        # Antialiased: from a megapixel to 256x256, each output pixel averages 16. Clamped: bicubic overshoots at edges.
         clip = F.interpolate(clip.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
     return clip[: job.num_frames, :, : job.height, : job.width]
 
@@ -40,7 +41,7 @@ def to_frame(pixels: torch.Tensor) -> Frame:
 
 
 def encode_output(pixels: torch.Tensor, job: Job, canvas: Canvas) -> Output:
-    """A picture in the job's format, or a clip with its thumbnail and spritesheet."""
+    """An image in the job's format, or a video with its thumbnail and spritesheet."""
     clip = asked_frames(pixels, job, canvas)
     if not job.task.is_video:
         return Output(encode_image(to_frame(clip[0]), job.output_format, job.output_compression))

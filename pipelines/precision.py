@@ -9,17 +9,17 @@ from configs.server_args import Device, Dtype
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 NATIVE_BF16 = ("amx_bf16", "avx512_bf16")
-"""CPU features that multiply bf16 in hardware. Without one it is emulated, slower than fp32."""
+"""CPU features that multiply bf16 in hardware. Without any of them bf16 is emulated, slower than fp32."""
 
 FULL_PRECISION_VAES = ("AutoencoderKLWan",)
-"""Classes of VAEs that are to decode in fp32, as diffusers' examples of Wan load it and SGLang Diffusion any."""
+"""VAE classes that should decode in fp32, as in diffusers' Wan examples; SGLang Diffusion does so with any VAE."""
 
 
 def resolve_device(device: Device) -> torch.device:
-    """`auto` takes CUDA where there is one. Each rank sees one GPU, so it is always the first.
+    """`auto` picks CUDA if it is available. Each rank sees one GPU, so it is always the first.
 
     Raises:
-        ValueError: CUDA is asked for and there is none.
+        ValueError: CUDA is requested but not available.
     """
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
@@ -38,9 +38,9 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 
 
 def resolve_vae_dtype(dtype: Dtype, device: torch.device, class_name: str | None) -> torch.dtype:
-    """As of everything else, but `auto` leaves what is to decode in fp32 so on CUDA.
+    """Like `resolve_dtype`, except that on CUDA `auto` is fp32 for the VAEs that should decode in it.
 
-    Not on CPUs, where it would take most of what bf16 gains: 6.6 s instead of 2.6 for a clip on two cores with AMX.
+    Not on CPUs, where it would cost most of what bf16 gains: 6.6 s instead of 2.6 s for a video on two cores with AMX.
     """
     if dtype == "auto" and device.type == "cuda" and class_name in FULL_PRECISION_VAES:
         return torch.float32

@@ -1,4 +1,4 @@
-"""Pictures of unfinished latents, through the decoder of the pipeline that is denoising them."""
+"""Images of unfinished latents, made with the decoder of the pipeline that is denoising them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pipelines.stepping import StepBar
 
 
 def preview_steps(steps: int, count: int) -> list[int]:
-    """After which of `steps` to give a preview: at most `count`, evenly spaced, none after the last."""
+    """The steps after which to make a preview: at most `count`, evenly spaced, none after the last step."""
     return sorted({steps * i // (count + 1) for i in range(1, count + 1)} - {0})
 
 
 class DenoisedEstimate:
-    """What a scheduler's last step was to lead to, had it gone all the way.
+    """An estimate of the finished latents, from a scheduler's most recent step.
 
     Wraps `scheduler.step`, so the scheduler must belong to one job alone.
     """
@@ -35,11 +35,11 @@ class DenoisedEstimate:
         return result
 
     def latents(self) -> torch.Tensor:
-        """The estimate, in the pipeline's own layout of latents.
+        """The estimate, in the pipeline's own latent layout.
 
-        A sample is x = x0 + sigma * output, both for the velocity of flow matching, where output = noise - x0, and for
-        predicted noise of schedulers that scale by sigma (EulerDiscreteScheduler). Other schedulers have no sigmas:
-        their latents are shown as they are.
+        A sample is x = x0 + sigma * output, both in flow matching, where the output is the velocity noise - x0, and
+        with schedulers that scale predicted noise by sigma (EulerDiscreteScheduler). Other schedulers have no sigmas,
+        so their latents are shown as they are.
         """
         model_output, sample, result = self._last
         if not hasattr(self._scheduler, "sigmas"):
@@ -54,12 +54,12 @@ def can_decode_latents(pipeline: DiffusionPipeline) -> bool:
 
 
 def decode_latents(pipeline: DiffusionPipeline, latents: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
-    """Decode latents as the pipeline does at its end: call it, give it these latents as its first, skip every step.
+    """Decode latents as the pipeline does at its end: call it with these as its initial latents and skip every step.
 
-    So each pipeline's own unpacking, scaling and decoding apply, whatever they are.
+    This way each pipeline's own unpacking, scaling and decoding apply.
 
     Args:
-        pipeline: a view that nothing else uses; it is of no use afterwards.
+        pipeline: a view that nothing else uses; unusable afterwards.
         arguments: those of the call that made the latents.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A pipeline call, which reports its steps to a progress bar, as an iterator over its steps."""
+"""Turns a pipeline call, which reports its steps to a progress bar, into an iterator over its steps."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ T = TypeVar("T")
 
 
 def iterate(function: Callable[[Callable[[T], object]], object]) -> Generator[T, None, None]:
-    """Run `function(emit)` piecewise: each `emit(item)` suspends it and yields `item`; asking for the next resumes it.
+    """Run `function(emit)` piecewise: each `emit(item)` suspends it and yields `item`; requesting the next resumes it.
 
-    What `function` raises is raised here. Closing the iterator raises `GreenletExit` inside `function`, at the `emit`
-    it is suspended in, so that its `with` and `finally` blocks run. Any number of such iterators may be advanced in
-    turn, all from the one thread that made them. A greenlet and not a thread: CUDA graphs and the flags of autograd
-    are kept per thread.
+    Exceptions from `function` propagate to the caller. Closing the iterator raises `GreenletExit` inside `function`, at
+    the `emit` where it is suspended, so that its `with` and `finally` blocks run. Any number of such iterators may be
+    advanced in turn, all from the one thread that made them. A greenlet and not a thread: CUDA graphs and autograd's
+    flags are kept per thread.
 
-    Gradients are off while `function` runs and as the caller has them while it is suspended. Pipelines are decorated
-    with `torch.no_grad()`, which notes the thread's flag on entry and restores it on exit: of two suspended pipelines
-    the first to finish would otherwise switch gradients on for the other.
+    Gradients are off while `function` runs; while it is suspended they are as the caller has set them. Pipelines are
+    decorated with `torch.no_grad()`, which saves the thread's flag on entry and restores it on exit: of two suspended
+    pipelines the first to finish would otherwise switch gradients on for the other.
     """
     caller = getcurrent()
     running = greenlet(function)
@@ -40,10 +40,10 @@ def iterate(function: Callable[[Callable[[T], object]], object]) -> Generator[T,
 
 
 class StepBar:
-    """What a pipeline takes for its tqdm progress bar: every pipeline has one and updates it after each step."""
+    """Stands in for the tqdm progress bar that every pipeline has and updates after each step."""
 
     def __init__(self, steps: Sequence[Any], on_step: Callable[[int, int], object]):
-        """`on_step` is called with the number of steps done and of all."""
+        """`on_step` is called with the number of steps done and the total."""
         self.steps = steps
         self.on_step = on_step
         self.done = 0
@@ -65,24 +65,24 @@ class StepBar:
 
 
 QUICK_SECONDS = 0.3
-"""Of a step: what the GPU idles for until the next is queued, a few milliseconds, is a percent of it."""
+"""The duration from which a step counts as slow: idling a few milliseconds after it costs the GPU about 1 %."""
 
 
 class Pace:
-    """Keeps the host near the GPU.
+    """Keeps the host from running far ahead of the GPU.
 
     Kernels are queued: without waiting, the host would report all steps as done within moments, and a stop would come
-    too late for what is queued. After a slow step it waits for that step, so that a stop is one within a step. While
-    steps are quick it waits for the one before, which leaves the GPU never idle.
+    too late for what is queued. While steps are slow, the host waits for each one, so that a stop takes effect within a
+    step. While they are quick, it waits only for the previous one, so that the GPU never idles.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self._previous: torch.cuda.Event | None = None
         self._before = inf
-        """Monotonic seconds at the end of the step before."""
+        """Monotonic seconds at the end of the previous step."""
         self._seconds = 0.0
-        """That the last step took."""
+        """Duration of the last step."""
 
     def step(self) -> None:
         if self.device.type == "cuda":
@@ -96,6 +96,6 @@ class Pace:
             self._previous, self._before = current, now
 
     def finish(self) -> None:
-        """Wait for all that was queued."""
+        """Wait for everything that is queued."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -1,4 +1,4 @@
-"""Where the time of a job went."""
+"""Measures where the time of a job goes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Count what happens inside to no stage."""
+        """Count the time inside towards no stage."""
         self.enter(self.stage)
         yield
         self._since = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Uploaded bytes to pictures. Pillow and NumPy only: the ingress judges an upload before it asks a rank."""
+"""From uploaded bytes to images. Pillow and NumPy only: the ingress checks an upload before any rank sees it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pipelines.job import InvalidJob
 
 INPUT_FORMATS = ("PNG", "JPEG", "WEBP")
-"""What clients may upload, by Pillow's names. Everything else stays unopened."""
+"""The formats clients may upload, by Pillow's names. No others are opened."""
 
 MAX_INPUT_PIXELS = 8192 * 8192
-"""More than most cameras' pictures have, and 256 MiB once decoded: what a small file may grow to."""
+"""More than most cameras produce. Limits what a small file may decode to: 256 MiB."""
 
 
 def decode_image(data: bytes, *, max_pixels: int, param: str = "image") -> Image.Image:
-    """Decode an uploaded PNG, JPEG or WebP, judged by its content alone, upright as its EXIF orientation says.
+    """Decode an uploaded PNG, JPEG or WebP, recognised by its content alone, and apply its EXIF orientation.
 
     Returns:
-        An RGBA picture when it has transparency, else RGB.
+        An RGBA image if it has transparency, else RGB.
 
     Raises:
-        InvalidJob: not such a picture, truncated, animated, or of more than `max_pixels` pixels; the last two before
-            any pixel is decoded. Its `param` is the one given.
+        InvalidJob: not such an image, truncated, animated, or of more than `max_pixels` pixels. The last two are
+            detected before any pixel is decoded. Its `param` is the one given.
     """
     try:
         with Image.open(io.BytesIO(data), formats=INPUT_FORMATS) as image:
@@ -51,13 +51,13 @@ def decode_mask(data: bytes, *, size: tuple[int, int], max_pixels: int) -> Image
     """Decode a mask whose transparent pixels are to be edited.
 
     Args:
-        size: `(width, height)` of the picture it belongs to.
+        size: `(width, height)` of the image it belongs to.
 
     Returns:
-        A greyscale picture with the sense of diffusers: white is edited, black is kept.
+        A greyscale image as diffusers expects it: white is edited, black is kept.
 
     Raises:
-        InvalidJob: not a picture, without transparency, or of another size.
+        InvalidJob: not an image, without transparency, or of another size.
     """
     mask = decode_image(data, max_pixels=max_pixels, param="mask")
     if mask.mode != "RGBA":

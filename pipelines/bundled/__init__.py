@@ -1,4 +1,4 @@
-"""The model that is served when no `model_path` is given: small, trained, in the package (see `MODEL_CARD.md`)."""
+"""The model served when no `model_path` is given: small, trained, part of the package (see `MODEL_CARD.md`)."""
 
 from __future__ import annotations
 

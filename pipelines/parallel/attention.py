@@ -2,11 +2,11 @@
 
 Ulysses: ranks trade heads for tokens (one all-to-all before attention, one after it), so that each attends with a part
 of the heads over the tokens of all its Ulysses peers. Ring: the keys and values of these peers then travel round a
-ring, and every rank merges what it saw of them by the log-sum-exp of the scores. The collectives are the same on gloo
-and on NCCL.
+ring, and every rank merges its partial results by the log-sum-exp of the scores. The collectives are the same on gloo
+and NCCL.
 
 Shapes, here and below: B batch; L tokens of this rank; C tokens of its Ulysses peers, one chunk of the ring; S all
-tokens; H heads; h heads of this rank between the two all-to-alls; D width of a head.
+tokens; H heads; h heads of this rank between the two all-to-alls; D head width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 aten = torch.ops.aten
 
 AMPERE = (8, 0)
-"""Compute capability from which PyTorch's flash kernel runs."""
+"""The lowest compute capability on which PyTorch's flash kernel runs."""
 
 
 @torch.compiler.disable
@@ -46,9 +46,9 @@ def sharded_attention(
         query, key, value: (B, L, H, D).
         mask: this rank's columns of a mask over keys, (B, L) or (B, 1, 1, L): boolean (True is seen) or additive.
         scale: of the scores; None is `D ** -0.5`.
-        sequence: how the tokens lie over the ranks.
-        attend: attention within one rank, used where there is no ring. It is given the tokens in their true order and
-            some of the heads, so that it computes, bit for bit, what it would compute of the whole.
+        sequence: how the tokens are distributed over the ranks.
+        attend: attention within one rank, used where there is no ring. It gets all tokens in their true order and some
+            of the heads, so for these heads it computes, bit for bit, the same as unsharded attention.
 
     Returns:
         (B, L, H, D)
@@ -91,7 +91,7 @@ def attention_round_ring(
 def heads_to_tokens(tensors: Sequence[Tensor], lengths: Sequence[int], mesh: Mesh) -> Tensor:
     """Trade heads for tokens with the Ulysses peers, who hold `lengths` tokens: N tensors (B, L, H, D) at once.
 
-    Heads that do not divide are filled up with zeros, which the way back cuts off.
+    Heads that do not divide evenly are padded with zeros, which `sharded_attention` trims from its output.
 
     Returns:
         (C, N, B, h, D)
@@ -148,7 +148,7 @@ def ring_attention(
         if step == 0:
             out, lse = chunk_out, chunk_lse
         else:
-            # The softmax over both: o = (e^a * o_a + e^b * o_b) / (e^a + e^b), without an exponential that overflows.
+            # The softmax over both, o = (e^a * o_a + e^b * o_b) / (e^a + e^b), without exponentials that overflow.
             out = out + torch.sigmoid(chunk_lse - lse) * (chunk_out - out)
             lse = torch.logaddexp(lse, chunk_lse)
         for transfer in transfers:
@@ -159,9 +159,10 @@ def ring_attention(
 
 
 def additive_masks(key_mask: Tensor, query: Tensor, lengths: Sequence[int]) -> list[Tensor | None]:
-    """(B, S) `key_mask` as one (B, h, C, length) term of the scores for each of `lengths`."""
-    # Not -inf: of a chunk without one visible key kernels return a log-sum-exp of 0, -inf or NaN, but of this always
-    # about -1e30, which weighs nothing in a merge. finfo.min itself overflows where kernels multiply it by log2(e).
+    """The (B, S) `key_mask` as additive masks of the scores, one (B, h, C, length) for each of `lengths`."""
+    # Not -inf: for a chunk without a visible key, kernels then return a log-sum-exp of 0, -inf or NaN. With this value
+    # it is always about -1e30, which weighs nothing in a merge. finfo.min itself overflows where kernels multiply it by
+    # log2(e).
     hidden = max(-1e30, torch.finfo(query.dtype).min)
     if key_mask.dtype == torch.bool:
         scores = torch.zeros_like(key_mask, dtype=query.dtype).masked_fill_(~key_mask, hidden)
@@ -170,7 +171,7 @@ def additive_masks(key_mask: Tensor, query: Tensor, lengths: Sequence[int]) -> l
     masks: list[Tensor | None] = []
     for chunk in scores.split(list(lengths), dim=1):
         length = chunk.shape[1]
-        # The memory-efficient kernel loads rows of 16 bytes: each must start at a multiple of them.
+        # The memory-efficient kernel loads 16 bytes at a time: each row must start at a multiple of 16 bytes.
         aligned = F.pad(chunk, (0, -length % 16))[:, None, None, :length]
         masks.append(aligned.expand(-1, *query.shape[1:3], -1).expand(len(query), -1, -1, -1))
     return masks
@@ -179,7 +180,7 @@ def additive_masks(key_mask: Tensor, query: Tensor, lengths: Sequence[int]) -> l
 def attention_with_lse(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention within one rank that also tells the log-sum-exp of its scores.
+    """Attention within one rank that also returns the log-sum-exp of its scores.
 
     The CUDA kernels are those behind PyTorch's own SDPA; `torch.nn.attention.activate_flash_attention_impl("FA3")`
     makes the first of them FlashAttention 3.
@@ -189,7 +190,7 @@ def attention_with_lse(
         mask: (B, h, C, C) additive, or None.
 
     Returns:
-        (B, h, C, D) and (B, h, C, 1), both float32, in which shards are merged.
+        (B, h, C, D) and (B, h, C, 1), both in float32, the precision in which shards are merged.
     """
     if query.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=mask, scale=scale)

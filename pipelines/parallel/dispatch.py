@@ -1,8 +1,8 @@
-"""How sharded attention gets behind diffusers' attention dispatcher.
+"""Puts sharded attention behind diffusers' attention dispatcher.
 
-An attention processor hands its `_parallel_config` to the dispatcher, which hands it to the backend in use. Here that
-is a `ShardedSequence`; a backend that gets one computes `sharded_attention`, and anything else as before. So attention
-that carries none (cross-attention, text encoders, VAEs, other transformers) stays exactly what it was.
+An attention processor passes its `_parallel_config` to the dispatcher, which passes it to the backend in use. Here that
+config is a `ShardedSequence`. A backend that gets one computes `sharded_attention`, otherwise the same as before. So
+attention without one (cross-attention, text encoders, VAEs, other transformers) stays exactly as it was.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from pipelines.parallel.shards import ShardedSequence
 
 
 def attend_over_shards(attention: Attention, sequence: ShardedSequence) -> None:
-    """Let one attention module attend over all of `sequence`, of which it computes this rank's tokens."""
+    """Make one attention module compute this rank's tokens, attending over all of `sequence`."""
     have_dispatched(attention)._parallel_config = sequence
     backend = attention.processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
     _teach(AttentionBackendName(backend))
 
 
 def have_dispatched(attention: Attention) -> Any:
-    """The processor of an attention module, replaced where one that asks the dispatcher can take its place."""
+    """The processor of an attention module, first replaced if there is a substitute that calls the dispatcher."""
     if isinstance(attention.processor, JointAttnProcessor2_0):
         attention.set_processor(DispatchedJointProcessor())
     return attention.processor
 
 
 def _teach(backend: AttentionBackendName) -> None:
-    """Re-register a backend so that it knows sharded sequences; once."""
+    """Re-register a backend, once, so that it handles sharded sequences."""
     registry = _AttentionBackendRegistry
     attend = registry._backends[backend]
     if hasattr(attend, "knows_shards"):
@@ -73,7 +73,7 @@ def _teach(backend: AttentionBackendName) -> None:
 
 
 class DispatchedJointProcessor:
-    """Stable Diffusion 3's attention, whose own processor calls SDPA directly, through the dispatcher.
+    """Stable Diffusion 3's attention through the dispatcher; its own processor calls SDPA directly.
 
     `hidden_states` (B, S_image, C) and, in joint attention, `encoder_hidden_states` (B, S_text, C) attend to
     their concatenation.

@@ -1,4 +1,4 @@
-"""`share_encodings`: rank 0 alone holds the encoders of prompts; the other ranks are sent what it makes of them."""
+"""`share_encodings`: only rank 0 holds the prompt encoders; it sends its encodings to the other ranks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch.utils._pytree import tree_map_only
 from pipelines.parallel.mesh import Mesh
 
 ENCODERS = ("encode_prompt", "encode_image")
-"""Methods of diffusers' pipelines through which all use of text and vision encoders goes."""
+"""The only methods through which diffusers' pipelines use text and vision encoders."""
 
 
 def share_encodings(pipeline: DiffusionPipeline, mesh: Mesh) -> None:
-    """Let rank 0's `encode_prompt` (and `encode_image`, where there is one) answer for every rank of `mesh`.
+    """Make rank 0's `encode_prompt` (and `encode_image`, if there is one) serve every rank of `mesh`.
 
-    The other ranks pass `None` for the encoders, tokenizers and their processors when they load the pipeline; all else
-    must be there. Each call is a collective: every rank makes it, in the same order. What it raises on rank 0 it raises
-    on every rank, so that no rank waits for one that has given up.
+    The other ranks pass `None` for the encoders, tokenizers and their processors when they load the pipeline;
+    everything else must be there. Each call is a collective: every rank makes it, in the same order. An exception on
+    rank 0 is raised on every rank, so that no rank waits for one that has given up.
     """
     for name in ENCODERS:
         if hasattr(pipeline, name):
@@ -32,7 +32,7 @@ def share_encodings(pipeline: DiffusionPipeline, mesh: Mesh) -> None:
 
 @dataclass(frozen=True)
 class Blank:
-    """Stands for a tensor in the object that travels ahead of the tensors."""
+    """A placeholder for a tensor, in the object that is sent ahead of the tensors."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -43,7 +43,7 @@ class Blank:
 
 
 def shared(encode: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """`encode`, called on rank 0 only, with the same nested tuples, lists and tensors as its result everywhere."""
+    """`encode`, called on rank 0 only; every rank returns the same nested tuples, lists and tensors."""
 
     def shared_encode(*args: Any, **kwargs: Any) -> Any:
         encoded, error = None, None
@@ -58,7 +58,7 @@ def shared(encode: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
         if error is not None:
             try:
                 raise error
-            finally:  # a frame that it refers to must not refer to it: the cycle would keep what the encoder computed
+            finally:  # its traceback refers to this frame: a reference back would keep alive what the encoder computed
                 del error, announced
         if mesh.rank != 0:
             encoded = tree_map_only(Blank, lambda b: torch.empty(b.shape, dtype=b.dtype, device=mesh.device), blanks)
@@ -74,8 +74,8 @@ def shared(encode: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def portable(error: Exception) -> Exception:
-    """`error`, or its name and message in a RuntimeError if it cannot be pickled and made again: then the ranks that
-    wait for it would get none, or another."""
+    """`error`, or a RuntimeError with its name and message if it does not survive pickling: otherwise the waiting ranks
+    would get no error, or another one."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

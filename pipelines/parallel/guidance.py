@@ -1,8 +1,8 @@
 """CFG parallelism: the two branches of classifier-free guidance on different halves of a gang.
 
-Pipelines come in two kinds. Some (Wan, FLUX, Qwen-Image) call the transformer once per branch: then each half computes
-one of the calls and the halves exchange the results. Others (SD3, Z-Image) put both branches into one batch: then each
-half computes half of the batch.
+Pipelines come in two kinds. Some (Wan, FLUX, Qwen-Image) call the transformer once per branch: each half computes one
+of the calls, and the halves exchange the results. Others (SD3, Z-Image) put both branches into one batch: each half
+computes half of the batch.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ BRANCHES = 2
 
 
 class Guidance:
-    """What the halves of a gang owe each other within one denoising step."""
+    """The exchange of outputs between the halves of a gang, within one denoising step."""
 
     def __init__(self, mesh: Mesh):
         self._mesh = mesh
         self._outputs: list[torch.Tensor] = []
-        """Of this step's calls, in their order. Call i is computed by half i; on the other half it is blank as yet."""
+        """Outputs of this step's calls, in order. Half i computes call i; on the other half it is still blank."""
 
     def branch(self, compute: Callable[[], torch.Tensor], blank: torch.Tensor) -> torch.Tensor:
-        """The output of one call: computed here, or `blank` to be filled in before anybody reads it.
+        """The output of one call: computed here, or `blank`, which is filled in before anything reads it.
 
-        A pipeline reads no output before it has made both calls, or, without guidance, its only one. Hence the first
-        output is filled in at the second call, or else by `settle`.
+        A pipeline reads no output before it has made both calls (without guidance, its only one). So the first output
+        is filled in at the second call, or else by `settle`.
         """
         output = compute() if len(self._outputs) == self._mesh.cfg_rank else blank
         self._outputs.append(output)
@@ -42,14 +42,14 @@ class Guidance:
         return output
 
     def settle(self) -> None:
-        """Exchange what has been computed since the last time."""
+        """Exchange the outputs computed since the last exchange."""
         for branch, output in enumerate(self._outputs):
             dist.broadcast(output, group_src=branch, group=self._mesh.cfg)
         self._outputs.clear()
 
     def attend(self, scheduler: Any) -> None:
-        """Settle before each step of a job's own scheduler, the first to read an output when there is no guidance."""
-        self._outputs.clear()  # of a job that failed within a step
+        """Settle before each step of a job's own scheduler, which without guidance is the first to read an output."""
+        self._outputs.clear()  # left by a job that failed within a step
         step = scheduler.step
 
         def settled_step(*args: Any, **kwargs: Any) -> Any:
@@ -62,19 +62,19 @@ class Guidance:
 def share_guidance(transformers: Iterable[nn.Module], mesh: Mesh) -> Guidance:
     """Divide the branches of guidance between the halves of `mesh`; call it after `shard_sequence`.
 
-    Every rank passes the same inputs and gets the same outputs, once `Guidance.attend` has seen the job's scheduler.
+    Every rank passes the same inputs and gets the same outputs, once `Guidance.attend` has wrapped the job's scheduler.
     The transformers of one pipeline (both experts of Wan 2.2) share one `Guidance`.
     """
     guidance = Guidance(mesh)
     for transformer in transformers:
-        # Pipelines tell a caching transformer which branch they call it for: so these are called once per branch.
+        # Pipelines tell a `CacheMixin` which branch they call it for, so they call it once per branch.
         hook = CallPerBranch(guidance) if isinstance(transformer, CacheMixin) else HalfOfBatch(mesh)
         HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, "share guidance")
     return guidance
 
 
 class CallPerBranch(ModelHook):
-    """Computes only the calls that are this half's."""
+    """Computes only this half's calls."""
 
     def __init__(self, guidance: Guidance):
         super().__init__()
@@ -98,7 +98,7 @@ def blank_output(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 class HalfOfBatch(ModelHook):
-    """Computes this half's part of a batch that holds both branches; a batch of one is computed by everybody."""
+    """Computes this half's part of a batch that holds both branches; every rank computes a batch of one."""
 
     def __init__(self, mesh: Mesh):
         super().__init__()

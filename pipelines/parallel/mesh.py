@@ -15,14 +15,14 @@ from configs.parallel import ParallelDims
 Group = dist.ProcessGroup
 
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""Renamed in torch 2.13, which warns of the old name."""
+"""Renamed in torch 2.13, which warns about the old name."""
 
 
 @dataclass(frozen=True)
 class Mesh:
     """This rank's place in the row-major mesh `(cfg, ring, ulysses)` and the groups it belongs to.
 
-    A mesh is one replica: `dims.dp_size` plays no part in it. A gang of one has none.
+    A mesh is one replica: `dims.dp_size` plays no part in it. A gang of one has no mesh.
     """
 
     rank: int
@@ -35,13 +35,13 @@ class Mesh:
     ulysses: Group
     ring: Group
     cfg: Group
-    """The ranks that hold the same tokens of either branch of guidance."""
+    """The ranks that hold the same tokens, one in each branch of guidance."""
     control: Group
-    """The whole gang over gloo: objects and decisions, which must not wait for a GPU stream."""
+    """The whole gang over gloo, for objects and decisions, which must not wait for a GPU stream."""
 
     @classmethod
     def create(cls, dims: ParallelDims, rank: int, device: torch.device, init_method: str, timeout: timedelta) -> Mesh:
-        """Meet the other ranks; return once all have come.
+        """Join the other ranks; return once all have joined.
 
         Args:
             dims: sizes of the axes; `dims.gang_size` ranks must call this.
@@ -68,9 +68,9 @@ class Mesh:
             return gang if len(rows) == 1 else dist.new_subgroups_by_enumeration(rows, timeout=timeout)[0]
 
         def group_along(ranks: torch.Tensor) -> Group:
-            """The group whose row of `ranks`, one group a row, holds this rank.
+            """This rank's group, where each row of `ranks` is a group.
 
-            Axes with the same rows share it: over gloo each group has a thread that wakes 100 times a second.
+            Axes with the same rows share groups: each gloo group has a thread that wakes 100 times a second.
             """
             return group_of(tuple(map(tuple, ranks.tolist())))
 
@@ -109,11 +109,11 @@ class Mesh:
         return self.rank % self.dims.ulysses_degree
 
     def agree(self, value: int) -> int:
-        """Rank 0's `value`, on every rank: how all ranks act alike at a step boundary."""
+        """Rank 0's `value`, on every rank, so that all ranks act alike at a step boundary."""
         decision = torch.tensor(value)
         dist.broadcast(decision, group_src=0, group=self.control)
         return int(decision)
 
     def close(self) -> None:
-        """Leave all groups. A collective that a peer still waits in fails there."""
+        """Leave all groups. A collective in which a peer still waits fails on that peer."""
         dist.destroy_process_group()

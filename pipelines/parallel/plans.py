@@ -1,9 +1,9 @@
-"""Where each transformer's token sequences are cut into shards and put together again.
+"""Where each transformer's token sequences are split into shards and gathered again.
 
-Four families bring a plan (diffusers' `_cp_plan`); Z-Image and Stable Diffusion 3 have one here. What diffusers does
-not say, and attention over shards must know, stands beside it: which attention modules see which streams of tokens, in
-which order. A family is not taken in for its `_cp_plan` alone: LTX-Video's, for one, also shards the text that its
-cross-attention reads.
+Four families come with a plan (diffusers' `_cp_plan`); Z-Image and Stable Diffusion 3 have theirs here. Beside each
+plan is what diffusers does not say and sharded attention must know: which attention modules see which token streams, in
+which order. A `_cp_plan` alone is not enough to include a family: LTX-Video's, for example, also shards the text that
+its cross-attention reads.
 
 Names of modules are patterns, in which `*` stands for one part of the name.
 """
@@ -25,18 +25,18 @@ TEXT, IMAGE = "encoder_hidden_states", "hidden_states"
 
 @dataclass(frozen=True)
 class Region:
-    """A stretch of a transformer that computes on shards."""
+    """A part of a transformer that computes on shards."""
 
     splits: Mapping[str, Splits]
     """By module: what is split."""
     gathers: Mapping[str, ContextParallelOutput]
-    """By module: the dimension along which its output is put together again."""
+    """By module: the dimension along which its output is gathered."""
     attention: Mapping[str, Streams]
     """The attention modules within. All others see whole sequences."""
     output: str
     """The stream that is gathered."""
     fill_text: bool = False
-    """Whether text of fewer tokens than ranks must be filled up: the transformer cannot compute on an empty shard."""
+    """Whether text with fewer tokens than ranks must be padded: the transformer cannot compute on an empty shard."""
 
     @classmethod
     def from_diffusers(cls, transformer: ModelMixin, attention: Mapping[str, Streams]) -> Region:
@@ -56,7 +56,7 @@ def shardable(transformer_class: type[ModelMixin]) -> bool:
 
 
 def regions(transformer: ModelMixin) -> tuple[Region, ...]:
-    """The stretches of `transformer` that compute on shards.
+    """The parts of `transformer` that compute on shards.
 
     Raises:
         ValueError: there is no plan for its class.
@@ -81,7 +81,7 @@ def _flux(transformer: ModelMixin) -> tuple[Region, ...]:
 
 
 def _qwen_image(transformer: ModelMixin) -> tuple[Region, ...]:
-    """Its rotary embedding of text reshapes by a size that is ambiguous for no tokens. An empty prompt has 6."""
+    """Its rotary text embedding reshapes by a size that is ambiguous for zero tokens. An empty prompt has 6."""
     return (replace(Region.from_diffusers(transformer, {"transformer_blocks.*.attn": (TEXT, IMAGE)}), fill_text=True),)
 
 
@@ -102,9 +102,9 @@ def _sd3(transformer: ModelMixin) -> tuple[Region, ...]:
 
 
 def _z_image(transformer: ModelMixin) -> tuple[Region, ...]:
-    """Two regions: the refiner of the image, then the layers over image and caption.
+    """Two regions: the image refiner, then the layers over image and caption.
 
-    The refiner of the caption (two layers over at most 512 tokens) runs whole on every rank.
+    The caption refiner (two layers over at most 512 tokens) runs whole on every rank.
     """
     in_each_layer: Splits = {"attn_mask": ContextParallelInput(split_dim=1, expected_dims=2), "freqs_cis": _TOKENS}
     refiner = Region(

@@ -1,7 +1,7 @@
-"""`shard_sequence`: make a transformer compute on shards of its token sequences, one shard a rank.
+"""`shard_sequence`: make a transformer compute on shards of its token sequences, one shard per rank.
 
-At the edges of each region that `plans` names, hooks split what goes in and gather what comes out. Within it only
-attention needs more than a rank's own tokens, and `dispatch` leads it to `attention`.
+At the edges of each region that `plans` names, hooks split the inputs and gather the outputs. Within a region only
+attention needs more than a rank's own tokens, and `dispatch` routes it to `attention`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pipelines.parallel.shards import ShardedSequence, shard
 
 
 def shard_sequence(transformer: nn.Module, mesh: Mesh) -> None:
-    """Let the ranks of `mesh.sequence` compute each forward of `transformer` together, each on a shard of the tokens.
+    """Make the ranks of `mesh.sequence` compute each forward of `transformer` together, each on a shard of the tokens.
 
     Every rank passes the same inputs and gets the same, whole output. Choose an attention backend
-    (`transformer.set_attention_backend`) before; a ring uses kernels of its own, which tell the log-sum-exp. Enable
-    caches (`transformer.enable_cache`) before, so that they see shards. Compile
-    (`transformer.compile_repeated_blocks(fullgraph=False)`) afterwards. Without ranks to share with, nothing happens.
+    (`transformer.set_attention_backend`) first; a ring uses its own kernels, which return the log-sum-exp. Enable
+    caches (`transformer.enable_cache`) first, so that they see shards. Compile
+    (`transformer.compile_repeated_blocks(fullgraph=False)`) afterwards. Does nothing if one rank holds all tokens.
 
     Raises:
         ValueError: there is no plan for this class of transformer, or it is sharded already.
@@ -63,7 +63,7 @@ def _hook(module: nn.Module, hook: ModelHook, name: str) -> None:
 
 
 class Split(ModelHook):
-    """Cuts some inputs and outputs of a module, so that this rank computes on its shard of them."""
+    """Splits some inputs and outputs of a module, so that this rank computes on its shard of them."""
 
     def __init__(
         self,
@@ -108,14 +108,14 @@ class Split(ModelHook):
         )
 
     def _shard(self, value: Tensor | None, split: ContextParallelInput) -> Tensor | None:
-        """`value` may be left out, and a Wan timestep may be one for all tokens: then there is nothing to cut."""
+        """This rank's shard of `value`, or `value` itself if it is None or, as a Wan timestep, one for all tokens."""
         if value is None or value.dim() != split.expected_dims:
             return value
         return shard(value, split.split_dim, self.mesh)
 
 
 class FillText(ModelHook):
-    """Fills text of fewer tokens than ranks up with masked ones, so that no rank's shard is empty."""
+    """Pads text that has fewer tokens than ranks with masked tokens, so that no rank's shard is empty."""
 
     def __init__(self, mesh: Mesh):
         super().__init__()
@@ -134,7 +134,7 @@ class FillText(ModelHook):
 
 
 class Gather(ModelHook):
-    """Puts the output of a module together again from the shards of all ranks."""
+    """Gathers the output of a module from the shards of all ranks."""
 
     def __init__(self, dim: int, sequence: ShardedSequence):
         super().__init__()

@@ -1,4 +1,4 @@
-"""How a sequence of tokens lies over ranks in unequal shards, and how it is cut and put together again."""
+"""How a token sequence is distributed over ranks in unequal shards, and how it is split and gathered."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from pipelines.parallel.plans import Streams
 
 
 def shard(x: Tensor, dim: int, mesh: Mesh) -> Tensor:
-    """This rank's piece of `x` (a view). The first ranks have one token more where the ranks do not divide."""
+    """This rank's piece of `x` (a view). If the tokens do not divide evenly, the first ranks get one more."""
     return x.tensor_split(mesh.dims.sp_degree, dim)[mesh.sequence_rank]
 
 
 def shard_lengths(total: int, ranks: int) -> tuple[int, ...]:
-    """The number of tokens that `shard` leaves on every rank."""
+    """The number of tokens that `shard` leaves on each rank."""
     return tuple(total // ranks + (rank < total % ranks) for rank in range(ranks))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of one or several streams are when each stream is cut on its own.
+    """Where the tokens of one or several streams are when each stream is split separately.
 
     With text `t` and image `i` over two ranks, the whole sequence is `t0 t1 t2 t3 i0 i1 i2 i3`, and the ranks' shards
     one after the other are `t0 t1 i0 i1 t2 t3 i2 i3`.
     """
 
     lengths: tuple[int, ...]
-    """Tokens on every rank."""
+    """Tokens on each rank."""
     to_shards: Tensor | None
-    """(S,) `whole[to_shards]` is the sequence in the order of the shards; None where the orders are the same."""
+    """(S,) `whole[to_shards]` is the sequence in shard order; None if the orders are the same."""
     from_shards: Tensor | None
     """(S,) the inverse."""
 
@@ -54,9 +54,9 @@ def layout(totals: tuple[int, ...], ranks: int, device: torch.device) -> Layout:
 
 
 class ShardedSequence:
-    """A sequence of tokens over the ranks of `mesh.sequence`, as it is in the forward that runs now.
+    """A token sequence over the ranks of `mesh.sequence`, as it is in the current forward.
 
-    Every rank sees whole inputs before it splits them, so every rank knows all lengths without asking.
+    Every rank sees whole inputs before it splits them, so it knows all lengths without communication.
     """
 
     def __init__(self, mesh: Mesh, streams: Streams):
@@ -66,14 +66,14 @@ class ShardedSequence:
         self._key_mask: Tensor | None = None
 
     def begin(self, totals: Mapping[str, int]) -> None:
-        """A forward begins whose streams have `totals` tokens."""
+        """Begin a forward whose streams have `totals` tokens."""
         totals_in_order = tuple(totals[name] for name in self.streams)
         self.layout = layout(totals_in_order, self.mesh.dims.sp_degree, self.mesh.device)
         self._key_mask = None
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
-        """The whole of which every rank holds its shard `x`, in the order of the shards."""
-        # Collectives over tensors of one size are the ones that gloo and NCCL both have: pad, gather, trim.
+        """The whole tensor, in shard order, of which each rank holds its shard `x`."""
+        # Only gathers of equally sized tensors exist in both gloo and NCCL: pad, gather, trim.
         longest = max(self.layout.lengths)
         mine = x.movedim(dim, 0)
         mine = F.pad(mine, [0, 0] * (x.dim() - 1) + [0, longest - len(mine)]).contiguous()
@@ -83,9 +83,9 @@ class ShardedSequence:
         return torch.cat([piece[:length] for piece, length in shards]).movedim(0, dim)
 
     def key_mask(self, mask: Tensor) -> Tensor:
-        """(B, S) whole mask of which `mask` has this rank's columns, in the order of the shards.
+        """The whole (B, S) mask, in shard order, of which `mask` has this rank's columns.
 
-        It is gathered once a forward, not once a layer: transformers mask padding, which is the same in all of them.
+        Gathered once per forward, not per layer: transformers mask padding, which is the same in all layers.
         """
         if self._key_mask is None:
             self._key_mask = self.gather(mask.reshape(len(mask), self.layout.lengths[self.mesh.sequence_rank]), dim=1)

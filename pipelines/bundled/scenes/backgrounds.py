@@ -1,4 +1,4 @@
-"""What lies behind a scene: twelve plain colours, and nine places drawn in a few strokes."""
+"""The backgrounds of scenes: twelve plain colours, and nine places drawn in a few strokes."""
 
 from __future__ import annotations
 

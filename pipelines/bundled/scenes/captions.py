@@ -10,10 +10,10 @@ from pipelines.bundled.scenes.backgrounds import COLOURS
 from pipelines.bundled.scenes.scene import Motion, Relation, Scene, Subject
 
 ACTIONS = ("playing", "riding", "holding", "eating", "looking at", "chasing", "with", "and", "beside", "near")
-"""Whatever one does with another, they are drawn side by side."""
+"""Whatever one subject does with another, they are drawn side by side."""
 
 ADJECTIVES = ("cute", "happy", "beautiful", "old", "calico", "colorful", "funny", "nice", "lovely")
-"""They change nothing in the picture; prompts are full of them."""
+"""They change nothing in the image, but prompts are full of them."""
 
 _RELATIONS: dict[Relation, tuple[str, ...]] = {
     "next to": ("next to", *ACTIONS),
@@ -36,7 +36,7 @@ _MOTIONS: dict[Motion, tuple[str, ...]] = {
 }
 
 _SINGULAR = tuple(phrase for phrases in _MOTIONS.values() for phrase in phrases if phrase and "ing" not in phrase)
-"""What is said of one alone."""
+"""Phrases for a single subject only."""
 
 _PLACES: dict[str, tuple[str, ...]] = {
     "stage": ("on stage", "on a stage", "in a theater"),
@@ -57,12 +57,12 @@ _OPENINGS = ("a picture of ", "a photo of ", "an illustration of ", "a drawing o
 
 @dataclass(frozen=True)
 class Wording:
-    """How a scene is put into words. Each share is a probability."""
+    """How a scene is put into words. Each number is a probability."""
 
     adjectives: float = 0.15
-    """Of a subject with an adjective that changes nothing."""
+    """That a subject gets an adjective that changes nothing."""
     made_up_words: float = 0.05
-    """Of a subject with a word of random letters, from which a model learns to overlook words that it does not know."""
+    """That a subject gets a word of random letters, which teaches a model to ignore words that it does not know."""
     unsaid_backgrounds: float = 1 / 12
 
     def caption(self, scene: Scene, random: Random) -> str:
@@ -95,7 +95,7 @@ class Wording:
             adjectives.append("".join(random.choices(ascii_lowercase, k=random.randint(3, 9))))
         if subject.count > 1:
             return " ".join((_COUNTS[subject.count], *adjectives, subject.noun.plural))
-        # The usual name half of the time: it is the one that most people type.
+        # The usual name half the time: it is the one that most people type.
         name = subject.noun.name if random.random() < 0.5 else random.choice(subject.noun.names)
         words = " ".join((*adjectives, name))
         # "Books on the beach" and "happy socks", but "a fish" and "a sheep".

@@ -1,4 +1,4 @@
-"""What scenes show: emoji, and the words that people use for them."""
+"""The things that scenes show: emoji, and the words that people use for them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Noun:
 
 
 HELD_OUT_SHARE = 1 / 8
-"""Of all pairs of two nouns, and of a noun and a background: never drawn together in training, so that the score can
-ask for what was never seen."""
+"""The share of pairs (two nouns, or a noun and a background) that are never drawn together in training, so that the
+score can ask for something never seen."""
 
 
 def first_nouns(count: int) -> tuple[Noun, ...]:
     """The `count` most everyday nouns.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: there are not that many, or `count` is less than 2.
     """
     if not 2 <= count <= len(NOUNS):
         raise ValueError(f"There are {len(NOUNS)} nouns, and a scene can need two: {count} cannot be had")
@@ -36,7 +36,7 @@ def first_nouns(count: int) -> tuple[Noun, ...]:
 
 
 def is_held_out(one: str, other: str) -> bool:
-    """Whether two things of these names are kept apart in training. More nouns leave the answer as it was."""
+    """Whether two things of these names are kept apart in training. Adding nouns does not change the result."""
     pair = "+".join(sorted((one, other)))
     return int.from_bytes(sha256(pair.encode()).digest()[:4]) < HELD_OUT_SHARE * 2**32
 
@@ -50,14 +50,14 @@ def _plural_of(name: str) -> str:
 
 
 def _noun(line: str) -> Noun:
-    """From `emoji name, another name` with `/ plural` at the end where it is irregular."""
+    """Parse `emoji name, another name`, with `/ plural` at the end if the plural is irregular."""
     words, _, plural = line.partition("/")
     emoji, _, names = words.partition(" ")
     all_names = tuple(name.strip() for name in names.split(","))
     return Noun(emoji, all_names, plural.strip() or _plural_of(all_names[0]))
 
 
-# The first 48 are what a small computer can learn; each further one costs the same again.
+# A small computer can learn the first 48; each further one costs the same again.
 NOUNS = tuple(
     _noun(line)
     for line in """\

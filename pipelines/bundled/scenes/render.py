@@ -15,7 +15,7 @@ from pipelines.bundled.scenes.sprites import sprite
 
 
 def render(scene: Scene, width: int, height: int, num_frames: int = 1) -> npt.NDArray[np.uint8]:
-    """`(T, H, W, 3)` in sRGB, the same for the same scene. The motion takes the whole clip, however long it is.
+    """`(T, H, W, 3)` in sRGB, the same for the same scene. The motion takes the whole video, however long it is.
 
     Raises:
         FontMissing: the font is not installed.
@@ -33,7 +33,7 @@ def render(scene: Scene, width: int, height: int, num_frames: int = 1) -> npt.ND
 
 
 def _paste(frame: Image.Image, placement: Placement, motion: Motion, progress: float) -> None:
-    """Draw a sprite as it is after `progress`, 0 to 1, of its motion."""
+    """Draw a sprite at `progress`, 0 to 1, of its motion."""
     x, y, size, angle = placement.x, placement.y, placement.size, 0.0
     match motion:
         case "moves left":

@@ -1,4 +1,4 @@
-"""Scenes as values: who stands where before what, and how it moves."""
+"""Scenes as values: which things are where, on what background, and how they move."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ class Subject:
     noun: Noun
     size: Size = "normal"
     count: int = 1
-    """1 to 4 of them in a row. More than one only where it is the scene's only subject."""
+    """1 to 4 of them in a row. More than one only if it is the scene's only subject."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One sprite. Coordinates are shares of the picture's width and height, from the top left."""
+    """One sprite. Coordinates are shares of the image's width and height, from the top left."""
 
     noun: Noun
     x: float
     y: float
     size: float
-    """Of its longer side, as a share of the picture's shorter side."""
+    """Length of its longer side, as a share of the image's shorter side."""
     moves: bool
-    """Whether the scene's motion is its motion."""
+    """Whether the scene's motion applies to it."""
 
 
 @dataclass(frozen=True)
 class Scene:
     subjects: tuple[Subject, ...]
-    """One, or two with a relation of the first to the second."""
+    """One, or two related by `relation`, the first to the second."""
     background: str
     relation: Relation | None = None
     motion: Motion = "still"
-    """Of the first subject."""
+    """Motion of the first subject."""
     seed: int = 0
-    """Of everything that the fields above leave open: exact places, shades, stars."""
+    """Decides everything that the fields above leave open: exact places, shades, stars."""
 
     def placements(self) -> tuple[Placement, ...]:
         """Where each sprite is drawn before it moves, from back to front."""
@@ -84,7 +84,7 @@ class Scene:
             "on": (top, bottom),
             "below": (bottom, top),
         }[relation]
-        # Two share the picture: sizes are held together, so that they hardly overlap.
+        # Two subjects share the image: their sizes stay close to normal, so that they hardly overlap.
         sizes = [random.uniform(0.40, 0.47) * min(1.12, max(0.75, _SCALES[each.size])) for each in (first, second)]
         return (
             Placement(second.noun, *places[1], sizes[1], moves=False),
@@ -93,8 +93,8 @@ class Scene:
 
 
 def sample_scene(random: Random, nouns: Sequence[Noun], *, clip: bool = False, moving_share: float = 0.0) -> Scene:
-    """A scene as training sees it: no two nouns, and no noun and background, that are held out. Only clips move, and
-    `moving_share` of them are drawn among those of one subject that moves left, right, up or down."""
+    """A scene as training sees it, without held-out pairs of nouns or of a noun and a background. Only videos move; in
+    `moving_share` of them a single subject moves left, right, up or down."""
     seed = random.getrandbits(32)
     moving = clip and random.random() < moving_share
     if moving or random.random() < 0.45:
@@ -107,7 +107,7 @@ def sample_scene(random: Random, nouns: Sequence[Noun], *, clip: bool = False, m
             first, second = random.sample(nouns, 2)
         subjects = (Subject(first, _size(random)), Subject(second, _size(random)))
         relation, motions = random.choice(RELATIONS), ("still", "bounces", "spins")
-    # Places are fewer than colours, and harder: each comes twice as often as a colour.
+    # Places are fewer than colours, and harder, so each comes twice as often as a colour.
     backgrounds = (*COLOURS, *PLACES, *PLACES)
     background = random.choice(backgrounds)
     while any(is_held_out(subject.noun.name, background) for subject in subjects):

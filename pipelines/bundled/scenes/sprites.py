@@ -1,4 +1,4 @@
-"""Pictures of nouns: the glyphs of the Noto Color Emoji font."""
+"""Images of nouns: the glyphs of the Noto Color Emoji font."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FONTS = (
 )
 
 STRIKE = 109
-"""The one size, in pixels per em, of the bitmaps in the font."""
+"""The only size, in pixels per em, of the font's bitmaps."""
 
 
 class FontMissing(Exception):
@@ -24,7 +24,7 @@ class FontMissing(Exception):
 def find_font() -> Path:
     """
     Raises:
-        FontMissing: it is at none of the places where distributions put it.
+        FontMissing: the font is in none of the places where distributions put it.
     """
     for path in FONTS:
         if path.is_file():
@@ -37,11 +37,11 @@ def find_font() -> Path:
 
 @cache
 def sprite(emoji: str) -> Image.Image:
-    """The glyph on a transparent square, as large as the font has it (up to 136 pixels). Do not write to it.
+    """The glyph on a transparent square, at the font's size (up to 136 pixels). Cached: do not write to it.
 
     Raises:
         FontMissing: the font is not installed.
-        ValueError: it has no such glyph.
+        ValueError: the font has no such glyph.
     """
     canvas = Image.new("RGBA", (200, 180))
     ImageDraw.Draw(canvas).text((20, 20), emoji, font=_font(), embedded_color=True)

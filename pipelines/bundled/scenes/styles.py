@@ -11,7 +11,7 @@ Frames = npt.NDArray[np.uint8]
 """`(T, H, W, 3)` in sRGB."""
 
 PIXEL = 8
-"""Side of a pixel of pixel art, as the autoencoder can draw it."""
+"""Side of a pixel-art pixel, a size that the autoencoder can draw."""
 
 
 def sepia(frames: Frames) -> Frames:

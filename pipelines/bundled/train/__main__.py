@@ -92,13 +92,13 @@ def run(
     initial: Path | None = None,
     compile_blocks: bool = False,
 ) -> None:
-    """Run these stages in order. A stage that pauses before its last step ends the run, unless it was asked for alone:
-    what follows would build on what is not done. A run that trains the model `initial` further has its autoencoder and
-    its tokenizer from the beginning.
+    """Run these stages in order. A stage that pauses before its last step ends the run, because the next stages would
+    build on unfinished work. A run that trains the model `initial` further starts with that model's autoencoder and
+    tokenizer.
 
     Raises:
-        FileExistsError: a stage has a checkpoint, and `resume` is not asked for.
-        OSError: a stage needs what an earlier one has not made yet.
+        FileExistsError: a stage has a checkpoint and `resume` is false.
+        OSError: a stage needs something that an earlier one has not made yet.
     """
     if initial is not None and not (output / "vae").exists():
         for part in ("vae", "tokenizer"):
@@ -139,7 +139,7 @@ def run(
 
 
 def tokenizer_in(output: Path, recipe: Recipe) -> PreTrainedTokenizerFast:
-    """The run's tokenizer, built by whichever stage needs it first. A text means the same ids ever after."""
+    """The run's tokenizer, built by whichever stage needs it first. From then on a text always has the same ids."""
     directory = output / "tokenizer"
     if not directory.exists():
         build_tokenizer(recipe.seed).save_pretrained(directory)

@@ -23,30 +23,30 @@ from pipelines.bundled.train.recipe import Bucket, Recipe, StageRecipe
 from pipelines.bundled.train.vae import pixels_of, stack
 
 ENCODED_AT_ONCE = 2**21
-"""Pixels that go through the encoder together, on a GPU or not: the activations of that many take some 2 GB."""
+"""Pixels that go through the encoder together, on any device: their activations take some 2 GB."""
 
 
 TEXT_LENGTH = 32
-"""Tokens that texts are padded to, or a multiple of them. What is compiled for one length is used again, for all."""
+"""Texts are padded to a multiple of this many tokens, so that code compiled for one length serves many batches."""
 
 
 @dataclass(frozen=True)
 class Captioned:
     bucket: Bucket
     input_ids: torch.Tensor
-    """`(B, L)`, padded to the longest, and that to a multiple of 32."""
+    """`(B, L)`, padded to the longest text, rounded up to a multiple of 32."""
     attention_mask: torch.Tensor
     """`(B, L)`, 1 for text and 0 for padding."""
     given_first_frame: bool
     indices: torch.Tensor
-    """`(B,)`: which scenes of the bucket these are."""
+    """`(B,)`: the numbers of these scenes in the bucket."""
     pixels: torch.Tensor | None
-    """`(B, 3, T, H, W)`, uint8; None where their latents are cached."""
+    """`(B, 3, T, H, W)`, uint8; None if their latents are cached."""
 
 
 @dataclass(frozen=True)
 class CaptionedBatches:
-    """What the data of a step is, as a function of the step alone."""
+    """The data of each step, as a function of the step alone."""
 
     name: str
     recipe: Recipe
@@ -77,7 +77,7 @@ class CaptionedBatches:
 
 
 def cached_scenes(recipe: Recipe, bucket: Bucket) -> int:
-    """How many scenes of this bucket are encoded once: the larger they are and the more frames they have, the fewer."""
+    """The number of this bucket's scenes that are cached: the larger and longer they are, the fewer."""
     pixels = recipe.cached_pixels if bucket.num_frames == 1 else recipe.cached_clip_pixels
     return max(bucket.batch_size, pixels // (bucket.width * bucket.height * bucket.num_frames))
 
@@ -98,7 +98,7 @@ def draw(scenes: list[Scene], bucket: Bucket, style: str | None = None) -> torch
 @torch.no_grad()
 def encode(vae: AutoencoderKLWan, frames: torch.Tensor) -> torch.Tensor:
     """The normalised latents (B, C, T', h, w), in float32, of `frames` (B, 3, T, H, W) in uint8: the posterior's mode,
-    as image to video encodes what it is given."""
+    which image to video uses for its input too."""
     device = device_of(vae)
     at_once = max(1, ENCODED_AT_ONCE // frames[0, 0].numel())
     encoded = []
@@ -109,7 +109,7 @@ def encode(vae: AutoencoderKLWan, frames: torch.Tensor) -> torch.Tensor:
 
 
 def normalize(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """To a mean of 0 and a deviation of 1 in each channel, by the numbers in the autoencoder's configuration."""
+    """Normalise each channel to mean 0 and deviation 1, with the numbers in the autoencoder's configuration."""
     mean, std = (
         torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -118,7 +118,7 @@ def normalize(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
 
 
 def latents_of(vae_directory: Path, output: Path) -> Path:
-    """Where a run keeps the latents of this autoencoder: those of another one are never taken for them."""
+    """The directory where a run caches this autoencoder's latents, never mistaken for those of another."""
     digest = sha256()
     for file in sorted(vae_directory.iterdir()):
         digest.update(file.read_bytes())
@@ -126,8 +126,8 @@ def latents_of(vae_directory: Path, output: Path) -> Path:
 
 
 def load_latents(vae: AutoencoderKLWan, recipe: Recipe, bucket: Bucket, directory: Path) -> torch.Tensor:
-    """The latents (N, C, T', h, w), in float16, of the bucket's cached scenes: those that `directory` has, from a run
-    with fewer scenes perhaps, and those that are encoded now, and kept there."""
+    """The latents (N, C, T', h, w), in float16, of the bucket's cached scenes. Those missing from `directory`, perhaps
+    because an earlier run had fewer scenes, are encoded now and saved there."""
     count = cached_scenes(recipe, bucket)
     shape = f"{bucket.width}x{bucket.height}x{bucket.num_frames}"
     scenes = f"{recipe.nouns}-nouns-{recipe.moving_share}-moving-{recipe.seed}"

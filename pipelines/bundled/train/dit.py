@@ -26,7 +26,7 @@ FIRST_AND_LAST = (
     "transformer.condition_embedder",
     "transformer.proj_out",
 )
-"""What AdamW trains: what reads from tokens, pixels and time, and what writes latents."""
+"""Layers that AdamW trains: those that read tokens, latents and time, and those that write latents."""
 
 
 class DiTStage:
@@ -47,9 +47,9 @@ class DiTStage:
         """
         Args:
             latents: directory of the cache, if the recipe has one.
-            initial: model directory whose text encoder and transformer it begins with, in place of random ones.
-            first_step: of those that will be run: what only earlier phases draw is not cached.
-            compile_blocks: compile the transformer's blocks, once for each shape that batches have.
+            initial: model directory whose text encoder and transformer to start with, in place of random ones.
+            first_step: the first step that will run; buckets that only earlier phases draw are not cached.
+            compile_blocks: compile the transformer's blocks, once for each shape of batch.
         """
         torch.manual_seed(recipe.seed)
         self.recipe = recipe.dit
@@ -95,14 +95,14 @@ class DiTStage:
 
 
 def _buckets(stage: StageRecipe, first_step: int) -> set[Bucket]:
-    """What is drawn from this step on."""
+    """The buckets that are drawn from this step on."""
     phases = stage.phases[stage.phases.index(stage.phase_at(first_step)) :]
     return {bucket for phase in phases for bucket in phase.buckets}
 
 
 def attention_backend(latents: torch.Tensor) -> str:
-    """What computes self-attention to `latents` (B, C, T, h, w). The backward of PyTorch's fused kernel takes 0.2 ms a
-    head on CPUs in bfloat16, however short its sequence: 5 times as long as plain products at 108 tokens."""
+    """The backend for self-attention over `latents` (B, C, T, h, w). On CPUs in bfloat16, the backward of PyTorch's
+    fused kernel takes 0.2 ms a head, however short the sequence: 5 times as long as plain products at 108 tokens."""
     frames, height, width = latents.shape[2:]
     few = frames * (height // 2) * (width // 2) <= 128
     return "_native_math" if few and latents.device.type == "cpu" else "native"

@@ -19,10 +19,10 @@ from pipelines.bundled.train.recipe import Recipe
 from pipelines.convolution import skip_padding
 
 MEASURED_SCENES = 256
-"""From which the mean and deviation of the latents are taken."""
+"""Number of scenes from which the mean and deviation of the latents are measured."""
 
 FLOW_SHIFT = 3.0
-"""Of the sampler: between the training's 2 at 128x128 and its 5 at 512x512."""
+"""The sampler's: between the training's 2 at 128x128 and its 8 at 512x512."""
 
 
 def export_vae(recipe: Recipe, checkpoint: Path, directory: Path, device: torch.device) -> None:
@@ -33,7 +33,7 @@ def export_vae(recipe: Recipe, checkpoint: Path, directory: Path, device: torch.
     skip_padding(vae)
     bucket = recipe.dit.phases[0].buckets[0]
     frames = draw([scene_of(recipe, bucket, index) for index in range(MEASURED_SCENES)], bucket)
-    latents = encode(vae, frames)  # normalised by 0 and 1, as it was built
+    latents = encode(vae, frames)  # not normalised: the built VAE has mean 0 and deviation 1
     vae.register_to_config(
         latents_mean=[round(value, 4) for value in latents.mean((0, 2, 3, 4)).tolist()],
         latents_std=[round(value, 4) for value in latents.std((0, 2, 3, 4)).tolist()],
@@ -47,7 +47,7 @@ def export_model(
     """The whole pipeline in bfloat16, with the averaged weights of the transformer's checkpoint."""
     model = TextToLatents(build_text_encoder(recipe.shape, len(tokenizer)), build_transformer(recipe.shape))
     load_average(model, checkpoint)
-    vae.register_to_config(_name_or_path="")  # not the folder of whoever trained it
+    vae.register_to_config(_name_or_path="")  # not the folder it was trained in
     pipeline = WanPipeline(
         tokenizer=tokenizer,
         text_encoder=model.text_encoder.bfloat16(),
@@ -65,9 +65,9 @@ def export_model(
 
 
 def family_overrides(recipe: Recipe) -> dict[str, object]:
-    """What this model overrides of its family: what `train/ditserve.yaml` says, with the recipe's defaults."""
+    """What this model overrides in its family: the contents of `train/ditserve.yaml`, with the recipe's defaults."""
     overrides = yaml.safe_load(resources.files("pipelines.bundled.train").joinpath("ditserve.yaml").read_text())
-    # Guidance leads away from the empty caption, which is what training drops captions for.
+    # Guidance leads away from the empty caption, for which training drops captions.
     overrides["defaults"] |= {"negative_prompt": "", **recipe.defaults}
     for of_task in overrides["task_defaults"].values():
         of_task |= {"width": recipe.picture_size, "height": recipe.picture_size}

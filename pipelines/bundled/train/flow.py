@@ -1,4 +1,4 @@
-"""Flow matching (Lipman et al. 2023, Liu et al. 2023) on latents, conditioned as they will be served."""
+"""Flow matching (Lipman et al. 2023, Liu et al. 2023) on latents, conditioned as in serving."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pipelines.bundled.train.padding import fold_padding
 from pipelines.bundled.train.tokens import draw_tokens, on_tokens
 
 TRAIN_TIMESTEPS = 1000
-"""Of the scheduler: the timestep of pure noise."""
+"""The scheduler's timestep for pure noise."""
 
 UNIFORM_SHARE = 0.2
-"""Of timesteps that are drawn evenly: logit-normal ones alone hardly ever reach either end."""
+"""Share of timesteps that are drawn uniformly: logit-normal ones alone hardly ever reach either end."""
 
 
 class TextToLatents(nn.Module):
-    """What is trained together: the words and the pictures."""
+    """The networks that are trained together: text encoder and transformer."""
 
     def __init__(self, text_encoder: UMT5EncoderModel, transformer: WanTransformer3DModel) -> None:
         super().__init__()
@@ -30,10 +30,10 @@ class TextToLatents(nn.Module):
 
 
 def sample_sigmas(count: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
-    """`(count,)` shares of noise, 0 to 1: logit-normal, shifted to more noise for larger pictures, and some uniform.
+    """`(count,)` shares of noise, 0 to 1: logit-normal, shifted to more noise for larger images, and some uniform.
 
-    The shift is that of Esser et al. 2024 (Stable Diffusion 3, section 5.3.2), sqrt of the ratio of token counts: 2 at
-    64 tokens (128x128), and 8 at most, which leaves a quarter of those at 1024x1024 below 0.72 of noise.
+    The shift follows Esser et al. 2024 (Stable Diffusion 3, section 5.3.2), the square root of the ratio of token
+    counts: 2 at 64 tokens (128x128), and at most 8, which leaves a quarter of those at 1024x1024 below 0.72 of noise.
     """
     device = generator.device
     shift = min(8.0, 2 * (tokens / 64) ** 0.5)
@@ -48,9 +48,8 @@ def flow_loss(
 ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
     """The mean squared error of the predicted velocity, noise - latents, for normalised latents (B, C, T, h, w).
 
-    Where the first frame is given, it is what `WanImageToVideoPipeline` makes of it with `expand_timesteps`: clean
-    latents, whose tokens have timestep 0. It is then no part of the loss, and neither are the tokens that the bucket's
-    `token_share` leaves out.
+    A given first frame is presented as `WanImageToVideoPipeline` does with `expand_timesteps`: clean latents, whose
+    tokens have timestep 0. The loss leaves it out, as well as the tokens that the bucket's `token_share` leaves out.
     """
     count, _, frames, height, width = latents.shape
     tokens = frames * (height // 2) * (width // 2)

@@ -1,4 +1,4 @@
-"""The loop that every stage runs in: batches, steps, averages, checkpoints, a log."""
+"""The training loop of every stage: batches, steps, averages, checkpoints, a log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipelines.bundled.train.optimizer import MuonAdamW
 from pipelines.bundled.train.recipe import StageRecipe
 
 FORMAT = 1
-"""Of checkpoints."""
+"""Version of the checkpoints."""
 
 LOG_STEPS = 20
 
@@ -27,12 +27,12 @@ class BatchSource(Protocol):
     """The part of a stage that worker processes get: no networks."""
 
     def batch(self, step: int) -> Any:
-        """The data of a step, on the CPU. A function of the step alone."""
+        """The data of a step, on the CPU, as a function of the step alone."""
 
 
 class Stage(Protocol):
-    """What one stage trains. Its noise, too, is a function of the step alone, so that a run which was resumed is the
-    run which was not."""
+    """What one stage trains. Its noise is a function of the step alone too, so that a resumed run equals an
+    uninterrupted one."""
 
     optimizer: MuonAdamW
 
@@ -51,21 +51,21 @@ class Stage(Protocol):
 
     @property
     def average(self) -> nn.Module:
-        """The same networks with the moving average of the weights, which is what is served."""
+        """The same networks with the moving average of the weights, which is the one served."""
 
     def loss(self, batch: Any, step: int) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        """The loss of that batch, and what is to be logged of it, both without dimensions."""
+        """The loss of this batch, and the values to log, all scalars."""
 
 
 @dataclass(frozen=True)
 class Limits:
     minutes: float | None
-    """Of wall time after which this run pauses; None for no limit."""
+    """Wall time after which this run pauses; None for no limit."""
     checkpoint_minutes: float = 5.0
     workers: int = 0
     """Processes that prepare batches ahead; 0 prepares them in the loop."""
     first_step: int = 0
-    """Of the recipe, where there is no checkpoint: a stage that begins with trained weights need not begin at 0."""
+    """The recipe's step to start at if there is no checkpoint: a stage with trained weights need not start at 0."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 where the hardware multiplies in it: on GPUs, and on CPUs with AMX or AVX-512 BF16."""
+    """bfloat16 where the hardware supports it: on GPUs, and on CPUs with AMX or AVX-512 BF16."""
     fast = device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
@@ -89,11 +89,11 @@ def autocast(device: torch.device) -> torch.autocast:
 def train(stage: Stage, directory: Path, limits: Limits, *, resume: bool) -> int:
     """Train until the recipe's last step or the time limit, and return the number of steps done in all.
 
-    `directory` gets `<stage>.pt`, the checkpoint, and `<stage>.jsonl`, the log: a line every 20 steps, of
-    means, with the seconds since this run began.
+    `directory` gets `<stage>.pt`, the checkpoint, and `<stage>.jsonl`, the log: every 20 steps a line of means, with
+    the seconds since this run began.
 
     Raises:
-        FileExistsError: there is a checkpoint, and `resume` is not asked for.
+        FileExistsError: there is a checkpoint and `resume` is false.
     """
     checkpoint, log = directory / f"{stage.name}.pt", directory / f"{stage.name}.jsonl"
     directory.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def train_step(stage: Stage, batch: Any, step: int) -> Mapping[str, torch.Tensor
     stage.optimizer.zero_grad()
     loss.backward()
     stage.optimizer.step(stage.recipe.rate_at(step))
-    # The average starts young, or it would drag the random beginning along for thousands of steps.
+    # The average starts with a small decay, or the random initial weights would linger for thousands of steps.
     decay = min(stage.recipe.ema_decay, (step + 1) / (step + 10))
     average: list[torch.Tensor] = list(stage.average.parameters())
     weights: list[torch.Tensor] = list(stage.module.parameters())
@@ -140,7 +140,7 @@ def train_step(stage: Stage, batch: Any, step: int) -> Mapping[str, torch.Tensor
 
 
 class Means:
-    """Means of what steps measured. They stay on the device until they are taken: to ask for each would wait for it."""
+    """Means of the steps' measurements. These stay on the device until taken: reading each would wait for it."""
 
     def __init__(self) -> None:
         self._measured: dict[str, list[torch.Tensor]] = {}
@@ -156,7 +156,7 @@ class Means:
 
 
 def save_checkpoint(stage: Stage, step: int, path: Path) -> None:
-    """Whole or not at all: a run that is killed while it writes keeps the checkpoint before."""
+    """Write a checkpoint atomically: a run that is killed while it writes keeps the previous one."""
     state = {
         "format": FORMAT,
         "step": step,
@@ -170,11 +170,11 @@ def save_checkpoint(stage: Stage, step: int, path: Path) -> None:
 
 
 def load_checkpoint(stage: Stage, path: Path) -> int:
-    """The step it was saved after.
+    """Restore `stage` from a checkpoint and return the number of steps done.
 
     Raises:
         ValueError: another version of the training wrote it.
-        RuntimeError: it is of networks of other shapes.
+        RuntimeError: its networks have other shapes.
     """
     state = torch.load(path, map_location=device_of(stage.module), weights_only=True)
     if state["format"] != FORMAT:
@@ -186,20 +186,20 @@ def load_checkpoint(stage: Stage, path: Path) -> int:
 
 
 def load_average(module: nn.Module, path: Path) -> None:
-    """Give `module` the averaged weights of a checkpoint, and nothing else of it."""
+    """Load only the averaged weights of a checkpoint into `module`."""
     module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["average"])
 
 
 def _batches(stage: Stage, step: int, workers: int) -> Iterator[Any]:
-    """From `step` on to the recipe's last, in order."""
+    """The batches from `step` to the recipe's last, in order."""
     return iter(
         DataLoader(
             Batches(stage.source),
-            batch_size=None,  # a batch is made whole by the stage
+            batch_size=None,  # the stage makes whole batches
             sampler=range(step, stage.recipe.steps),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
-            # Not forked: the parent computes with threads, whose locks a fork would copy in any state.
+            # Not forked: the parent computes with threads, and a fork would copy their locks in any state.
             multiprocessing_context="spawn" if workers else None,
         )
     )

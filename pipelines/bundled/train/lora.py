@@ -1,4 +1,4 @@
-"""The last stage: a small adapter to the finished model, which draws everything in another style."""
+"""The last stage: a small adapter for the finished model that draws everything in another style."""
 
 from __future__ import annotations
 

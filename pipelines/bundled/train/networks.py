@@ -1,4 +1,4 @@
-"""The three networks of the bundled model, initialised so that little training goes far."""
+"""The three networks of the bundled model, initialised so that a little training goes a long way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.bundled.train.recipe import ModelShape
 def build_vae(shape: ModelShape) -> AutoencoderKLWan:
     """8x spatial and 4x temporal compression on 2x2 patches of pixels.
 
-    It begins as a network for stills (each causal kernel has weight in its last tap alone), and nearly sure of its
+    It starts as a network for images (each causal kernel has weight in its last tap alone), and nearly certain of its
     latents (log variance -5, where 0 would drown them in noise).
     """
     channels = shape.latent_channels
@@ -43,7 +43,7 @@ def build_vae(shape: ModelShape) -> AutoencoderKLWan:
 
 
 def build_text_encoder(shape: ModelShape, vocabulary: int) -> UMT5EncoderModel:
-    """Ids as `tokenizer.build_tokenizer` gives them: 0 pads, 1 ends."""
+    """Uses the ids of `tokenizer.build_tokenizer`: 0 pads, 1 ends a text."""
     return UMT5EncoderModel(
         UMT5Config(
             vocab_size=vocabulary,
@@ -62,9 +62,9 @@ def build_text_encoder(shape: ModelShape, vocabulary: int) -> UMT5EncoderModel:
 
 
 def build_transformer(shape: ModelShape) -> WanTransformer3DModel:
-    """It begins by predicting zero, with open gates (0.3) whatever the timestep.
+    """It starts out predicting zero, with open gates (0.3) at every timestep.
 
-    diffusers' own initialisation leaves gates of N(0, 1 / dim), through which hardly anything flows at first.
+    With diffusers' own initialisation gates are N(0, 1 / dim), and hardly anything flows through them at first.
     """
     transformer = WanTransformer3DModel(
         num_attention_heads=shape.heads,

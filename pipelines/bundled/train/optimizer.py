@@ -11,10 +11,10 @@ from torch import nn
 
 
 class MuonAdamW:
-    """Both optimizers behind one step. Where AdamW alone stalled at 13 dB on the VAE, this reached 23.
+    """Both optimizers behind one step. On the VAE, AdamW alone stalled at 13 dB, this reached 23.
 
-    Muon: Jordan et al. 2024, with the update's scale of Liu et al. 2025 ("Muon is scalable for LLM training"), which
-    gives an update the size that AdamW's would have.
+    Muon: Jordan et al. 2024, with the update scale of Liu et al. 2025 ("Muon is scalable for LLM training"), which
+    makes updates as large as AdamW's would be.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class MuonAdamW:
         for group in self.adamw.param_groups:
             group["lr"] = self.learning_rate * rate
         self.adamw.step()
-        # Matrices of one shape are orthogonalised together: one batched product in place of dozens of small ones.
+        # Matrices of the same shape are orthogonalised together: one batched product in place of dozens of small ones.
         by_shape: dict[torch.Size, list[tuple[nn.Parameter, torch.Tensor]]] = defaultdict(list)
         for matrix, buffer in zip(self.matrices, self.buffers, strict=True):
             if matrix.grad is None:
@@ -69,8 +69,8 @@ class MuonAdamW:
 def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
     """The nearest semi-orthogonal matrices to (N, rows, columns), roughly: all singular values become 0.7 to 1.2.
 
-    Five Newton-Schulz iterations with the quintic of Jordan et al. 2024. In bfloat16 on a GPU; a CPU computes it in
-    software, so there in float32.
+    Five Newton-Schulz iterations with the quintic of Jordan et al. 2024. In bfloat16 on a GPU, in float32 on a CPU,
+    which computes bfloat16 in software.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     wide = x.shape[1] <= x.shape[2]
@@ -83,10 +83,10 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def split_parameters(module: nn.Module, first_and_last: tuple[str, ...]) -> tuple[list[nn.Parameter], ...]:
-    """What Muon is for, and what AdamW is for: vectors, tables, and what `first_and_last` name (by prefix)."""
+    """Muon's parameters, and AdamW's: vectors, tables, and those with a prefix in `first_and_last`."""
     matrices, rest = [], []
     for name, parameter in module.named_parameters():
-        # A kernel of fewer than 8 rows or columns, or a modulation table, is no matrix that could be orthogonal.
+        # Orthogonalising makes no sense for a kernel of fewer than 8 rows or columns, or a modulation table.
         is_matrix = parameter.dim() >= 2 and min(parameter.shape[0], parameter[0].numel()) >= 8
         if is_matrix and not name.startswith(first_and_last):
             matrices.append(parameter)

@@ -1,8 +1,8 @@
-"""Cross-attention to padded text as it is served, at the price of the text alone.
+"""Cross-attention to text padded as in serving, at the cost of the text alone.
 
-`WanPipeline` pads the encoded prompt with zeros to 512 tokens and masks none of them: they take their share of every
-softmax. Trained without them a model would be served another one. All of them have the same key and the same value, so
-one token that stands for n counts the same as n, if log(n) is added to its score: n exp(s) = exp(s + log n).
+`WanPipeline` pads the encoded prompt with zeros to 512 tokens and masks none of them, so they take their share of every
+softmax. A model trained without them would behave differently when served. They all have the same key and value, so one
+token can stand for n of them if log(n) is added to its score: n exp(s) = exp(s + log n).
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ SERVED_LENGTH = 512
 
 
 def fold_padding(encoded: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Zero what pads `encoded` (B, L, D), and append one zero for the rest of the padding: (B, L + 1, D)."""
+    """Zero the padding in `encoded` (B, L, D) and append one zero token for the rest of it: (B, L + 1, D)."""
     return F.pad(encoded * attention_mask[..., None], (0, 0, 0, 1))
 
 
 def attend_to_folded_padding(transformer: WanTransformer3DModel) -> None:
-    """From now on `transformer` takes text that `fold_padding` made, and no other."""
+    """Make `transformer` take text from `fold_padding`, and no other, from now on."""
     for block in transformer.blocks:
         block.attn2.set_processor(FoldedPaddingProcessor())
 
 
 class FoldedPaddingProcessor:
-    """`WanAttnProcessor` for cross-attention to text whose last token stands for `SERVED_LENGTH - L` of its like."""
+    """`WanAttnProcessor` for cross-attention to text whose last token stands for `SERVED_LENGTH - L` equal ones."""
 
     # diffusers sets these on every processor.
     _attention_backend = None
@@ -54,7 +54,7 @@ class FoldedPaddingProcessor:
         )
         length = encoder_hidden_states.shape[1] - 1
         query, key = query.to(value.dtype), key.to(value.dtype)
-        # In plain products: so few keys leave a fused kernel nothing to save, and on CPUs it takes 9 times as long.
+        # Plain products: with so few keys a fused kernel saves nothing, and on CPUs it takes 9 times as long.
         scores = (query * query.shape[-1] ** -0.5) @ key.mT
         scores = scores + F.pad(scores.new_zeros(length), (0, 1), value=math.log(SERVED_LENGTH - length))
         attended = (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2).flatten(2)

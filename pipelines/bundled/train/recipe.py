@@ -1,4 +1,4 @@
-"""What is trained, on what, and for how long: everything that decides the weights but the machine."""
+"""What is trained, on what, and for how long: everything that decides the weights except the machine."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from random import Random
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of the three networks. Spatial compression is 8x and temporal 4x in each of them, in 16 channels."""
+    """Sizes of the three networks. Compression is always 8x in space and 4x in time, into 16 channels."""
 
     vae_encoder_dim: int
     vae_decoder_dim: int
-    """Channels at half the resolution; twice and four times as many at a quarter and an eighth of it."""
+    """Channels at half the resolution; twice as many at a quarter of it, four times at an eighth."""
     text_dim: int
     text_layers: int
     heads: int
@@ -28,16 +28,16 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A shape that batches are drawn in. `width` and `height` are multiples of 16, `num_frames` is 4k + 1."""
+    """A shape of batches. `width` and `height` are multiples of 16, `num_frames` is 4k + 1."""
 
     width: int
     height: int
     num_frames: int
     batch_size: int
     weight: float = 1.0
-    """How often it is drawn, against the others of its phase."""
+    """How often it is drawn, relative to the others of its phase."""
     token_share: float = 1.0
-    """Of a sample's tokens, drawn anew for each batch, that the transformer is trained on."""
+    """Share of a sample's tokens, drawn anew for each batch, that the transformer is trained on."""
 
 
 @dataclass(frozen=True)
@@ -52,25 +52,25 @@ class StageRecipe:
     steps: int
     phases: tuple[Phase, ...]
     matrix_learning_rate: float
-    """Of Muon, for everything with two or more dimensions inside the network."""
+    """Muon's, for everything with two or more dimensions inside the network."""
     learning_rate: float
-    """Of AdamW, for embeddings, norms, biases, and first and last layers."""
+    """AdamW's, for embeddings, norms, biases, and first and last layers."""
     warmup_steps: int = 20
     decay_share: float = 0.3
-    """Of the steps, at the end, over which the rates fall linearly to zero. Until then they are constant, so that a
-    run can be made longer after the fact."""
+    """Share of the steps, at the end, over which the rates fall linearly to zero. Until then they are constant, so that
+    a run can be extended after the fact."""
     ema_decay: float = 0.999
 
     def phase_at(self, step: int) -> Phase:
         return next(phase for phase in self.phases if step < phase.until * self.steps or phase is self.phases[-1])
 
     def draw_bucket(self, step: int, random: Random) -> Bucket:
-        """One of the buckets of the step's phase, by their weights."""
+        """One of the buckets of the step's phase, drawn by weight."""
         buckets = self.phase_at(step).buckets
         return random.choices(buckets, [each.weight for each in buckets])[0]
 
     def rate_at(self, step: int) -> float:
-        """The share of the learning rates that this step, from 0, takes."""
+        """The factor on the learning rates at this step, counted from 0."""
         warmup = min(1.0, (step + 1) / self.warmup_steps)
         decay = min(1.0, (self.steps - step) / max(1.0, self.decay_share * self.steps))
         return warmup * max(0.0, decay)
@@ -85,29 +85,29 @@ class Recipe:
     dit: StageRecipe
     lora: StageRecipe
     cached_pixels: int
-    """Of each bucket of stills, in scenes that are drawn and encoded once, to be seen again in each epoch; 0 encodes
-    new ones for every step, which a GPU does for a twentieth of a step's time."""
+    """Pixels, in each bucket of images, of scenes that are encoded once and seen again in each epoch; 0 encodes new
+    ones for every step, which on a GPU takes a twentieth of a step's time."""
     cached_clip_pixels: int = 0
-    """The same of each bucket of clips, all frames counted."""
+    """The same for each bucket of videos, counting all frames."""
     moving_share: float = 0.5
-    """Of clips in which one subject moves left, right, up or down, beside those that do so by chance (1 in 5). Without
-    them, 5,000 clips had taught no motion at all."""
+    """Share of videos in which one subject moves left, right, up or down, besides those that do so by chance (1 in 5).
+    Without them, 5,000 videos had taught no motion at all."""
     caption_dropout: float = 0.1
     """Share of samples trained without their caption, for classifier-free guidance (Ho & Salimans 2022: 0.1-0.2)."""
     first_frame_share: float = 0.4
-    """Of clip batches that are given their first frame, as image to video gives it."""
+    """Share of video batches that are given their first frame, as in image to video."""
     lora_rank: int = 8
     seed: int = 0
     defaults: dict[str, int | float] = field(default_factory=dict)
-    """Of requests to a server of the model, in the `defaults` of its `ditserve.yaml`; the size is that of clips."""
+    """Request defaults when the model is served, from the `defaults` of its `ditserve.yaml`; the size is for videos."""
     picture_size: int = 256
-    """Width and height of pictures, where a request names none."""
+    """Width and height of images, if a request names none."""
 
 
 _CPU_STILL = Bucket(128, 128, 1, 64)
 
-# Sized so that two cores show something within hours: few nouns, small pictures first (at 96x96 a sample costs half of
-# what it does at 128x128), then short clips, in thumbnails, then all sizes.
+# Sized so that two cores show something within hours: few nouns, small images first (at 96x96 a sample costs half of
+# what it does at 128x128), then short videos, in thumbnails, then all sizes.
 CPU = Recipe(
     nouns=48,
     shape=ModelShape(
@@ -123,7 +123,7 @@ CPU = Recipe(
         steps=1600,
         phases=(
             Phase(0.6, (Bucket(128, 128, 1, 8),)),
-            # A third or more of clips, of up to 17 frames: with fewer and shorter ones colours drift after frame 5.
+            # At least a third are videos, of up to 17 frames: with fewer and shorter ones colours drift after frame 5.
             Phase(1.0, (Bucket(128, 128, 1, 8), Bucket(64, 64, 9, 4, 0.6), Bucket(64, 64, 17, 2, 0.4))),
         ),
         matrix_learning_rate=1e-3,
@@ -145,7 +145,7 @@ CPU = Recipe(
             Phase(
                 0.4384,
                 (
-                    Bucket(64, 64, 9, 144, 2.0),  # where a direction is learned for the least: 48 tokens a clip
+                    Bucket(64, 64, 9, 144, 2.0),  # the cheapest way to learn a direction: 48 tokens a video
                     Bucket(96, 96, 9, 72),
                     _CPU_STILL,
                     Bucket(256, 256, 1, 32, 0.5),
@@ -167,7 +167,7 @@ CPU = Recipe(
                     Bucket(512, 288, 17, 3, 0.3),
                 ),
             ),
-            # Large pictures and clips on some 800 tokens of each, in 2 to 3 s a step.
+            # Large images and videos, on some 800 tokens of each, at 2 to 3 s a step.
             Phase(
                 0.8642,
                 (
@@ -220,7 +220,7 @@ CPU = Recipe(
         steps=700, phases=(Phase(1.0, (Bucket(128, 128, 1, 24),)),), matrix_learning_rate=1e-3, learning_rate=1e-3
     ),
     cached_pixels=3 * 2**26,
-    # 240 clips of 256x256 (2**28) were too few: 0.13 of loss on them and 0.19 on others. These are 1204.
+    # 240 videos of 256x256 (2**28) were too few: a loss of 0.13 on them, 0.19 on others. This makes 1204.
     cached_clip_pixels=5 * 2**28,
     moving_share=0.3,
     defaults={"width": 256, "height": 256, "num_frames": 17, "num_inference_steps": 8, "guidance_scale": 3.0},

@@ -46,7 +46,7 @@ CLIP_PROMPTS = (
 
 COLUMNS = 4
 TEXT_HEIGHT = 28
-"""Pixels under each picture: two lines of Pillow's own font."""
+"""Pixels under each image: two lines of Pillow's own font."""
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def sheet(pictures: list[Image.Image], prompts: tuple[str, ...]) -> Image.Image:
-    """Pictures of one size in rows of four, each above its prompt."""
+    """Images of one size in rows of four, each above its prompt."""
     width, height = pictures[0].size
     rows = -(-len(pictures) // COLUMNS)
     page = Image.new("RGB", (COLUMNS * width, rows * (height + TEXT_HEIGHT)), "white")

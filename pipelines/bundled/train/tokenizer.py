@@ -1,4 +1,4 @@
-"""The model's own tokenizer: each word of its small world is one piece, all others are spelled."""
+"""The model's own tokenizer: each word of its small world is one piece, all others are spelled out."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from pipelines.bundled.scenes.scene import sample_scene
 SPECIAL = ("<pad>", "</s>", "<unk>")
 
 CORPUS = 3_000
-"""Captions whose words it knows, beside all names of all nouns."""
+"""Number of captions whose words it knows, besides all names of all nouns."""
 
 SPELLED = -30.0
-"""Log probability of a letter: below that of the rarest word, so that no word is spelled that has a piece."""
+"""Log probability of a letter: below that of the rarest word, so that no word that has a piece is spelled out."""
 
 
 def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
-    """A unigram model (Kudo 2018) over captions of all nouns, those too that a recipe leaves out, so that a longer list
-    does not change it. Case and compatibility forms are folded.
+    """A unigram model (Kudo 2018) over captions of all nouns, including those that a recipe leaves out, so that using
+    more of them does not change it. Case and compatibility forms are folded.
 
-    Its pieces are counted rather than estimated: the trainers of such models only consider pieces that several words
-    share, and would spell half of these. `<pad>` is 0 and `</s>`, which ends every text, is 1.
+    Its pieces are counted rather than estimated: trainers of such models only consider pieces that several words share,
+    and would spell out half of these words. `<pad>` is 0 and `</s>`, which ends every text, is 1.
     """
     normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])

@@ -1,4 +1,4 @@
-"""Steps on some of the tokens, so that large pictures can be trained at all on two cores."""
+"""Steps on some of the tokens, so that two cores can train on large images at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffusers import WanTransformer3DModel
 
 
 def draw_tokens(count: int, share: float, generator: torch.Generator) -> torch.Tensor:
-    """Indices, rising, of `share` of `count` tokens: all of them where that is 1."""
+    """Ascending indices of `share` of `count` tokens; all of them if `share` is 1."""
     if share == 1:
         return torch.arange(count, device=generator.device)
     return torch.randperm(count, generator=generator, device=generator.device)[: round(share * count)].sort().values
@@ -18,15 +18,15 @@ def draw_tokens(count: int, share: float, generator: torch.Generator) -> torch.T
 
 @contextmanager
 def on_tokens(transformer: WanTransformer3DModel, kept: torch.Tensor) -> Iterator[None]:
-    """Within it `transformer` computes these tokens alone, each at its own place, and predicts zeros at the others.
+    """Make `transformer` compute only these tokens, each at its own position, and predict zeros for the others.
 
-    Self-attention is quadratic: at 1024x1024 (4096 tokens) a step on a quarter of them takes a ninth of the time. It is
-    also sharper among few, so that what was trained this way wants some last steps on all (Liu et al. 2022,
-    "PatchDropout"; Zheng et al. 2023, "MaskDiT").
+    Self-attention is quadratic: at 1024x1024 (4096 tokens) a step on a quarter of them takes a ninth of the time.
+    Attention among few tokens is also sharper, so such training should end with some steps on all of them (Liu et al.
+    2022, "PatchDropout"; Zheng et al. 2023, "MaskDiT").
 
     Args:
-        kept: `(K,)`, indices into the tokens in the order of the transformer's sequence: frame, row, column. Timesteps
-            for each token have to be those of the kept ones.
+        kept: `(K,)`, indices into the tokens in the order of the transformer's sequence: frame, row, column. Per-token
+            timesteps must be those of the kept tokens.
     """
     count = 0
 

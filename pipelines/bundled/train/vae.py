@@ -1,4 +1,4 @@
-"""The autoencoder: first pictures and clips of scenes, then more clips, while stills keep their latents."""
+"""The autoencoder: first images and videos of scenes, then more videos, while images keep their latents."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ KL_WEIGHT = 1e-4
 """Per latent value: enough to keep the latents near N(0, 1), too little to blur."""
 
 EDGE_WEIGHT = 0.5
-"""Of the error of differences between neighbouring pixels, which is what makes edges sharp."""
+"""Weight of the error of differences between neighbouring pixels, which makes edges sharp."""
 
 
 @dataclass(frozen=True)
 class PixelBatches:
-    """Crops of scenes drawn at 1 to 2 times the crop's size, so that detail of every scale is seen."""
+    """Crops of scenes drawn at 1 to 2 times the crop's size, so that training sees detail of every scale."""
 
     name: str
     recipe: Recipe
@@ -54,7 +54,7 @@ class PixelBatches:
 
 
 class AutoencoderStage:
-    """What both stages of the autoencoder share: all but what they begin with, and what of it they leave alone."""
+    """What both stages of the autoencoder share: everything but the initial weights and the choice of frozen ones."""
 
     name: str
 
@@ -91,7 +91,7 @@ class AutoencoderStage:
 
 
 class VAEStage(AutoencoderStage):
-    """The first stage: the whole autoencoder, from nothing."""
+    """The first stage: the whole autoencoder, from scratch."""
 
     name = "vae"
 
@@ -101,10 +101,10 @@ class VAEStage(AutoencoderStage):
 
 
 class MotionStage(AutoencoderStage):
-    """The second stage: an autoencoder that knows stills learns how they move.
+    """The second stage: an autoencoder that knows images learns how they move.
 
-    It trains the decoder, and of the encoder what a still never meets: the taps that look back in time. So the latents
-    of stills stay what they were, to the bit.
+    It trains the decoder, and in the encoder only the taps that look back in time, which an image never uses. So the
+    latents of images stay the same, to the bit.
     """
 
     name = "motion"
@@ -116,13 +116,14 @@ class MotionStage(AutoencoderStage):
         for convolution in self.module.encoder.modules():
             if isinstance(convolution, WanCausalConv3d) and convolution.kernel_size[0] > 1:
                 convolution.weight.requires_grad_(True)
-                # A strided one, of the downsampling in time, is not asked before the second latent frame.
+                # A strided one, which downsamples in time, is not used before the second latent frame.
                 if convolution.stride[0] == 1:
                     convolution.weight.register_hook(_without_last_tap)
 
 
 def _without_last_tap(gradient: torch.Tensor) -> torch.Tensor:
-    """Of a kernel (out, in, T, H, W). Orthogonalised, columns of zeros stay zeros: the last tap does not move."""
+    """A kernel's gradient (out, in, T, H, W) without the last tap. Orthogonalised, columns of zeros stay zeros, so that
+    tap does not move."""
     past = gradient.clone()
     past[:, :, -1] = 0
     return past
@@ -133,7 +134,7 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def stack(clips: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
-    """Clips (T, H, W, 3) as one (B, 3, T, H, W), uint8."""
+    """Videos (T, H, W, 3) as one (B, 3, T, H, W), uint8."""
     return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).contiguous()
 
 
@@ -148,7 +149,7 @@ def psnr(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """What `vae.decode` returns for (B, C, T, h, w), before it clamps: where it does, no gradient would flow."""
+    """What `vae.decode` returns for (B, C, T, h, w), before it clamps: clamped values would pass no gradient."""
     vae.clear_cache()
     latents = vae.post_quant_conv(latents)
     chunks = []
