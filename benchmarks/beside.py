@@ -1,17 +1,17 @@
-"""Our server and another one of the same API in turn, on one machine, with the same weights: SGLang Diffusion's.
+"""This server and another with the same API (SGLang Diffusion's) in turn, on one machine, with the same weights.
 
     python -m benchmarks.beside --save models
     …                                              # start the other server on models/wan2.1-t2v
     python -m benchmarks.beside http://localhost:31999 --process-group 4711 --model models/wan2.1-t2v [--ranks 2]
 
-The other server is started by hand, and stopped (SIGSTOP) while ours is asked, as one that waits may keep a core busy;
-ours waits while the other is asked. Each is asked in blocks, with prompts that are new in the first block alone.
+The other server is started by hand. It is stopped (SIGSTOP) while ours is measured, because it may keep a core busy
+when idle; ours stays idle while the other is measured. Each gets its requests in blocks, and only the first block's
+prompts are new.
 
-SGLang 0.5.23 comes without its kernels for CPUs, which want AMX; on a machine without them its own `forward_native` has
-to stand in for `forward_cpu` of its two fused norms, and `x * (scale_constant + scale) + shift` for
-`_fuse_scale_shift_kernel_cpu`. Where the CPU has no bfloat16 it is fastest with `--dit-precision fp32 --vae-precision
-fp32 --vae-decode-precision fp32 --text-encoder-precisions fp32` (by default it decodes in bfloat16: 1.8 s a small clip
-in place of 0.4 s).
+SGLang 0.5.23 comes without its CPU kernels, which need AMX. On a machine without them, replace `forward_cpu` of its two
+fused norms by its own `forward_native`, and `_fuse_scale_shift_kernel_cpu` by `x * (scale_constant + scale) + shift`.
+Where the CPU has no bfloat16, it is fastest with `--dit-precision fp32 --vae-precision fp32 --vae-decode-precision fp32
+--text-encoder-precisions fp32` (by default it decodes in bfloat16: 1.8 s for a small video instead of 0.4 s).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def stopped(process_group: int) -> Iterator[None]:
 
 
 def p50(url: str, case: Case, requests: int) -> float:
-    """Milliseconds from a request to the finished file, at the median, after two that do not count."""
+    """Median milliseconds from a request to the finished file, after two warm-up requests."""
     prompts = (f"a cat, take {number}" for number in itertools.count())
     with httpx2.Client(base_url=url, timeout=600) as http:
         ask = partial(clip if case.num_frames > 1 else picture, http, case)

@@ -1,12 +1,12 @@
-"""Whether the bundled model draws what it is asked for, without a download and without a human.
+"""Whether the bundled model draws what its prompts ask for, judged without a download and without a human.
 
     python -m benchmarks.bundled_score MODEL_DIRECTORY [--classifier classifier.pt] [--prompts 200]
 
-A small classifier learns to name crops of rendered scenes. Then it looks at what the model draws for prompts whose
-words (two nouns, or a noun and a background) training never put together.
+A small classifier learns to name crops of rendered scenes. Then it judges what the model draws for prompts whose words
+(two nouns, or a noun and a background) training never combined.
 
-Baselines, in the same run: the true renders of the same scenes, which is the ceiling, and what the model's autoencoder
-leaves of them.
+Baselines, in the same run: the true renders of the same scenes, which are the ceiling, and the model's autoencoder's
+reconstructions of them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Frames = npt.NDArray[np.uint8]
 """`(T, H, W, 3)` in sRGB."""
 
 CROP = 64
-"""Side of what the classifier sees, in pixels."""
+"""Side of the classifier's input, in pixels."""
 
 WORDING = Wording(adjectives=0, made_up_words=0, unsaid_backgrounds=0)
 PLACED: tuple[Relation, ...] = ("left of", "right of", "above", "below")
@@ -118,10 +118,10 @@ def main() -> None:
 
 
 def held_out_questions(nouns: Sequence[Noun], count: int, seed: int = 0) -> list[Question]:
-    """Two fifths of one object, two fifths of two objects, one fifth of one object that moves in a clip.
+    """Two fifths of one object, two fifths of two objects, one fifth of one object that moves in a video.
 
-    Every one of them shows a pair that training never showed: the two nouns, or the noun and its background. Motion,
-    and the colour of most backgrounds, is judged before plain colours, so clips have those alone.
+    Each shows a pair that training never showed: the two nouns, or the noun and its background. All backgrounds are
+    plain colours, because motion and background colour can only be judged there.
     """
     random = Random(seed)
     questions = []
@@ -151,7 +151,7 @@ def score(
     nouns: Sequence[Noun],
     name: str,
 ) -> dict[str, float]:
-    """The share of right answers to each of the questions that were asked."""
+    """The share of correct answers, by measure."""
     right: dict[str, list[bool]] = {measure: [] for measure in TARGETS}
     for question in tqdm(questions, desc=name):
         frames, scene = answer(question), question.scene
@@ -166,7 +166,7 @@ def score(
 
 
 def boxes(scene: Scene) -> tuple[tuple[float, float, float], ...]:
-    """Where to look for the scene's objects: the centre (x, y) of a square and its side, as shares of the picture."""
+    """Where to look for the scene's objects: the centre (x, y) of a square and its side, as shares of the image."""
     if scene.relation is None:
         return ((0.5, 0.53, 0.9),)
     if scene.relation in ("above", "below", "on"):
@@ -175,7 +175,7 @@ def boxes(scene: Scene) -> tuple[tuple[float, float, float], ...]:
 
 
 def crop(frame: npt.NDArray[np.uint8], x: float, y: float, side: float) -> npt.NDArray[np.uint8]:
-    """That square of a picture (H, W, 3), as (64, 64, 3)."""
+    """That square of an image (H, W, 3), as (64, 64, 3)."""
     height, width = frame.shape[:2]
     half = side * min(width, height) / 2
     box = (x * width - half, y * height - half, x * width + half, y * height + half)
@@ -186,7 +186,7 @@ def crop(frame: npt.NDArray[np.uint8], x: float, y: float, side: float) -> npt.N
 
 
 def border_colour(frame: npt.NDArray[np.uint8]) -> str:
-    """The plain colour that is nearest to the median of the picture's outermost twentieth."""
+    """The plain colour that is nearest to the median of the image's outermost twentieth."""
     return nearest_colour(border(frame))
 
 
@@ -203,11 +203,11 @@ def border(frame: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def direction(frames: Frames) -> Motion:
-    """The way that what differs from the background moves, from the clip's first fifth to its last."""
+    """The direction in which what is not background moves, from the video's first fifth to its last."""
     centres = np.array([_centre(frame) for frame in frames])
     fifth = max(1, len(frames) // 5)
     x, y = centres[-fifth:].mean(0) - centres[:fifth].mean(0)
-    if max(abs(x), abs(y)) < 0.03:  # of the picture's side: a trained motion covers 0.36 of it or more
+    if max(abs(x), abs(y)) < 0.03:  # of the image's side: a trained motion covers 0.36 of it or more
         return "still"
     if abs(x) > abs(y):
         return "moves right" if x > 0 else "moves left"
@@ -215,7 +215,7 @@ def direction(frames: Frames) -> Motion:
 
 
 def _centre(frame: npt.NDArray[np.uint8]) -> tuple[float, float]:
-    """Of the pixels that are no background: shares of width and height; the middle if there are none."""
+    """Centre of the pixels that are not background, as shares of width and height; the middle if there are none."""
     distance = np.abs(frame.astype(np.int16) - np.median(border(frame), axis=0)).sum(-1)
     rows, columns = np.nonzero(distance > 60)
     if not len(rows):
@@ -234,8 +234,8 @@ def build_classifier(classes: int) -> nn.Module:
 
 
 def trained_classifier(nouns: tuple[Noun, ...], steps: int, cache: Path | None, device: str) -> nn.Module:
-    """Trained on crops of training's scenes, moved, blurred and noisy; read from `cache` if that exists, else kept
-    there."""
+    """A classifier trained on crops of training scenes, moved, blurred and noisy; read from `cache` if that exists,
+    else saved there."""
     torch.manual_seed(0)
     classifier = build_classifier(len(nouns)).to(device)
     if cache is not None and cache.exists():
@@ -283,7 +283,7 @@ def as_input(crops: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
 
 
 def augmented(images: torch.Tensor) -> torch.Tensor:
-    """Half of the batch blurred, as a small autoencoder blurs, and all of it a little noisy."""
+    """The batch, half of it blurred as by a small autoencoder, and all of it a little noisy."""
     blurred = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2.0, mode="bilinear")
     half = (torch.arange(len(images)) % 2 == 0).view(-1, 1, 1, 1)
     return torch.where(half, blurred, images) + 0.05 * torch.randn_like(images)
@@ -291,7 +291,7 @@ def augmented(images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def named(classifier: nn.Module, crops: Sequence[npt.NDArray[np.uint8]]) -> list[int]:
-    """The index of the noun that each crop most looks like."""
+    """The index of the noun that each crop looks most like."""
     device = next(classifier.parameters()).device
     return classifier(as_input(crops).to(device)).argmax(1).tolist()
 

@@ -1,9 +1,9 @@
-"""What a picture and a clip of the bundled model take, with the server's defaults, from request to file.
+"""How long images and a video of the bundled model take, with the server's defaults, from request to file.
 
     python -m benchmarks.bundled_speed [--requests 3]
 
-Baseline in the same run: the same pipeline called in this process, in turn with the server, on as many threads and in
-the precision that the server chooses. The seconds asked for are for two CPU cores.
+Baseline in the same run: the same pipeline called in this process, in turn with the server, with as many threads and in
+the precision that the server chooses. The seconds "asked for" are targets for two CPU cores.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Case:
     width: int
     height: int
     asked_for: float
-    """Seconds of wall time."""
+    """Target wall time in seconds."""
     clip_seconds: int = 0
-    """0 asks for a picture."""
+    """0 asks for an image."""
 
     @property
     def size(self) -> str:

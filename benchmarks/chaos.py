@@ -1,9 +1,9 @@
-"""Clients, and a server whose processes are killed under them: what is lost, what is wrong, how fast it heals.
+"""Kills a server's processes under load: which jobs are lost, which are wrong, how fast the server recovers.
 
     python -m benchmarks.chaos [--runs 10] [--jobs 200] [--clients 16] [--ranks 2] [--seed 1]
 
-Baseline: the same jobs on the same server before the first process is killed. What they gave is what every later job
-must give, byte for byte.
+Baseline: the same jobs on the same server before the first process is killed. Every later job must give the same
+output, byte for byte.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How soon the gang is another job's: a picture behind a long video, and the job after a DELETE.
+"""How soon the gang is free for another job: an image behind a long video, and the job after a DELETE.
 
     python -m benchmarks.giving_way [--ranks 1] [--repeats 10]
 
-Baseline: the same picture behind the same video on a server with `--no-preemption`, and the same picture on an idle
-server. A picture behind a video should take its own time and two steps of the video at most; after a DELETE, one step
-and 50 ms.
+Baseline: the same image behind a shorter video on a server with `--no-preemption`, and the same image on an idle
+server. Beyond its own time, an image behind a video should take at most two steps of the video, and after a DELETE at
+most one step and 50 ms.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from benchmarks.timing import seconds
 from tests.e2e.server import Server, running_server
 
 VIDEO = {"size": "256x256", "num_frames": 17, "num_inference_steps": 60, "seed": 1}
-"""Long enough to be met in the middle, with steps that can be told from the rest."""
+"""Long enough to be interrupted midway, with steps long enough to stand out from the rest."""
 
 SHORT_VIDEO_STEPS = 20
-"""Of the video that a picture waits out without preemption."""
+"""Steps of the video that an image waits out without preemption."""
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def seconds_per_step(server: Server) -> float:
 
 
 def behind_a_video(server: Server, steps: int = 60) -> float:
-    """Seconds of a picture that arrives while a video is computed."""
+    """Seconds that an image takes if it arrives while a video is computed."""
     video_id = running_video(server, steps)
     took = seconds(server.picture)
     server.http.delete(f"/v1/videos/{video_id}")
@@ -69,7 +69,7 @@ def behind_a_video(server: Server, steps: int = 60) -> float:
 
 
 def after_a_delete(server: Server) -> float:
-    """Seconds from the DELETE of a running video to the picture that was asked for right after."""
+    """Seconds from the DELETE of a running video to the image requested right after it."""
     video_id = running_video(server, 60)
 
     def delete_and_ask() -> None:

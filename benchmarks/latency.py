@@ -1,11 +1,11 @@
-"""Warm latency from request to finished file, on 1, 2 and 4 ranks, beside the bare pipeline.
+"""Warm latency from request to finished file, on 1, 2 and 4 ranks, compared with the bare pipeline.
 
     python -m benchmarks.latency [--ranks 1 2 4] [--requests 10]
 
-Baseline in the same run: the same diffusers pipeline called in this process with one thread, encoder included, in turn
-with the server. SGLang Diffusion 0.5.23's latencies on a 2-core CPU machine (native Wan path, one thread) are quoted
-for orientation: 157 ms, 416 ms and 542 ms on 1, 2 and 4 ranks for the small clip, 2884 ms for the large one on one, and
-69 ms for a FLUX picture.
+Baseline in the same run: the same diffusers pipeline called in this process with one thread, in turn with the server,
+file encoding included. SGLang Diffusion 0.5.23's latencies on a 2-core CPU machine (native Wan path, one thread) are
+quoted for orientation: 157 ms, 416 ms and 542 ms on 1, 2 and 4 ranks for the small video, and on one rank 2884 ms for
+the large video and 69 ms for a FLUX image.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def compare(case: Case, directory: Path, server: Server, ranks: int, requests: i
     pipeline = DiffusionPipeline.from_pretrained(directory)
     pipeline.set_progress_bar_config(disable=True)
 
-    prompts = (f"a cat, take {number}" for number in itertools.count())  # none of which the server remembers
+    prompts = (f"a cat, take {number}" for number in itertools.count())  # new to the server in its first case
 
     def bare() -> None:
         frames = {"num_frames": case.num_frames} if case.num_frames > 1 else {}

@@ -1,13 +1,12 @@
-"""What swapping adapters costs: requests that alternate over four of them, against the same requests with one.
+"""What swapping adapters costs: requests that alternate among four, against the same requests with one.
 
     python -m benchmarks.lora_alternating [--requests 20] [--adapters 4] [--size 128x128] [--steps 4] [--repeats 1]
 
-A real server with a model of 400M parameters (Wan 2.1 1.3B's widths, random weights) and adapters on all linear layers
-of its blocks, all in the server's cache. The requests come all at once, so that the engine may group them, and then one
-after the other, so that it can't and every one of them swaps. Baseline in the same run: the same requests, all with the
-adapter that is merged. Prints the medians, and which part of the whole is lost to swaps: of the time on the clock, and
-of the rank's CPU time, which tells the same on a machine that is busy with something else. Takes ten minutes on two
-cores.
+A real server has a model of 400M parameters (Wan 2.1 1.3B's widths, random weights) and adapters on all linear layers
+of its blocks, all in the server's cache. Requests arrive all at once, so that the engine may group them, and then one
+after the other, so that it cannot and every request swaps. Baseline in the same run: the same requests, all with the
+merged adapter. Prints the medians and the share lost to swaps, of wall time and of the rank's CPU time; the latter is
+meaningful even on a machine that is busy with something else. Takes ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ def rank_seconds(server: Server) -> float:
 
 
 def save_model(directory: Path) -> WanTransformer3DModel:
-    """The bundled pipeline with a transformer of 8 of Wan 2.1 1.3B's 30 layers. Gives that transformer."""
+    """Save the bundled pipeline with a transformer of 8 of Wan 2.1 1.3B's 30 layers; return that transformer."""
     pipeline = DiffusionPipeline.from_pretrained(model_directory(), dtype=torch.float32)
     widths = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 8}
     torch.manual_seed(0)

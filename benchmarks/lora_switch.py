@@ -3,9 +3,9 @@
     python -m benchmarks.lora_switch [--dtype bf16 fp32] [--repeats 5] [--rank 32]
 
 A Wan transformer of 400M parameters with random weights; two adapters on all 80 linear layers of its blocks, saved by
-diffusers. Baselines run in the same process on the same model and files. A switch takes one adapter out of the weights
-and puts the other in. Prints the median of each way, how often faster than diffusers it is, and how many weights differ
-from the base weights after everything was taken out again.
+diffusers. Baselines run in the same process on the same model and files. A switch unmerges one adapter and merges the
+other. Prints each method's median, how many times faster than diffusers it is, and the share of weights that differ
+from the base weights after everything is unmerged.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def adapter(transformer: WanTransformer3DModel, rank: int, folder: Path) -> Path
 
 
 def alternate(switch: Callable[[int], None], repeats: int, before: Callable[[int], None] | None = None) -> float:
-    """Median seconds of switching to and fro, after one switch each way to warm up."""
+    """Median seconds of switching back and forth, after one switch each way to warm up."""
     seconds = []
     for count in range(-2, repeats):
         if before:
@@ -137,7 +137,7 @@ def alternate(switch: Callable[[int], None], repeats: int, before: Callable[[int
 
 
 def differing(transformer: WanTransformer3DModel, base: dict[str, torch.Tensor]) -> float:
-    """The fraction of weights with other bits than `base`."""
+    """The fraction of weights that differ from `base`."""
     changed = sum((parameter != base[name]).sum().item() for name, parameter in transformer.named_parameters())
     return changed / sum(tensor.numel() for tensor in base.values())
 

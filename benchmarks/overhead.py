@@ -2,9 +2,9 @@
 
     python -m benchmarks.overhead [--requests 50] [--size 64x64] [--steps 4]
 
-Baselines, in this process, called in turn with the server, so that all see the same machine: the bare pipeline, and the
-same one with what the server does to it (an autoencoder that skips its padding, texts that are not encoded twice). Same
-weights, seed, steps and thread count. The overhead is what HTTP, Ray and the file's encoding add to the latter.
+Baselines, called in this process in turn with the server, so that all see the same machine: the bare pipeline, and the
+same pipeline with the server's changes (an autoencoder that skips its padding, cached text encodings). Same weights,
+seed, steps and thread count. The overhead is what HTTP, Ray and encoding the file add to the latter.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m benchmarks.sharded_equals_unsharded [--family FLUX.1 …] [--repeats 3]
 
-The baseline is the same forward, unsharded, on rank 0 just before, with one thread. The transformers are tiny, so that
-their time is mostly that of the collectives; `--speed` takes one at which sharding is worth its while (27M parameters,
-1950 tokens). With fewer free cores than ranks the ratio is at best ranks / cores times the ideal one.
+The baseline is the same forward, unsharded, on rank 0 just before, with one thread. The transformers are tiny, so most
+of their time goes to collectives; `--speed` takes one that is large enough for sharding to pay off (27M parameters,
+1950 tokens). With fewer free cores than ranks, the ratio is at best ranks / cores times the ideal one.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def measure(mesh: Mesh, repeats: int, make_case: Callable[..., Case], *args: Any
     if mesh.rank == 0:
         expected, alone = timed(transformer, arguments, repeats)
     shard_sequence(transformer, mesh)
-    # The first forward does what only the first one does, and waits for rank 0.
+    # The first forward includes one-time work, and waits for rank 0.
     result = forwards.output(transformer, arguments)
     if mesh.rank != 0:
         expected = torch.empty(result.shape)

@@ -1,11 +1,11 @@
-"""Start to ready, memory and idle CPU of the whole process tree, on one rank and on four.
+"""Time from start to ready, memory and idle CPU of the whole process tree, on one rank and on four.
 
     python -m benchmarks.start [--ranks 1 4] [--runs 3]
 
 Baseline: SGLang Diffusion 0.5.23 with a tiny random Wan on a 2-core CPU machine of the same kind took 22 s (one rank)
 and 59 s (four) to be healthy, held 1642 MB and 3060 MB (PSS), and kept one core busy when idle. It is not installed
-here, so those figures are quoted, not measured again; `import torch` in a fresh process is timed beside each run as the
-measure of how fast the machine is just now.
+here, so those figures are quoted, not measured again; `import torch` in a fresh process is timed before each run as a
+measure of how fast the machine is at that moment.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import psutil
 from tests.e2e.server import running_server
 
 SGLANG = {1: (22.0, 1642), 2: (34.0, 1918), 4: (59.0, 3060)}
-"""Seconds to healthy and MB of PSS by ranks."""
+"""Seconds to healthy and MB of PSS, by number of ranks."""
 
 IDLE_SECONDS = 20.0
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.steady_memory [--requests 500] [--ranks 2]
 
-Baseline: the same processes after as many requests before. Over the first few hundred Ray's own tables fill: the
-engine's process grows by 8 MB, and by 1 MB over the next thousand.
+Baseline: the same processes after an equal number of earlier requests. Ray's own tables fill during the first few
+hundred: the engine's process grows by 8 MB, and by 1 MB over the next thousand.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def ask(server: Server, requests: int) -> None:
-    """Pictures, one clip in ten, and one request in ten that is refused."""
+    """Request images, with one video and one refused request in every ten."""
     for number in range(requests):
         match number % 10:
             case 0:
@@ -48,7 +48,7 @@ def ask(server: Server, requests: int) -> None:
 
 
 def memory(server: Server) -> dict[str, float]:
-    """MB that each process alone holds, by its title and id."""
+    """MB that each process holds alone (USS), by its title and id."""
     found = {}
     for process in server.processes():
         with suppress(psutil.Error):

@@ -1,1 +1,1 @@
-"""What can be configured: pure pydantic data that imports nothing else of the project."""
+"""What can be configured: pure data that imports nothing else from the project."""

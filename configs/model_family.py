@@ -22,12 +22,12 @@ class Match(BaseModel):
     pipelines: tuple[str, ...]
     """Names of diffusers pipeline classes (`_class_name`)."""
     config: Mapping[str, Any] = Field(default_factory=dict)
-    """Further entries `model_index.json` must have with these values."""
+    """Further entries that `model_index.json` must have, with their values."""
     components: tuple[str, ...] = ()
     """Components the model must really have (an absent one is listed as `[null, null]`)."""
     component_config: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
-    """Entries that a component's own configuration file must have with these values, by component. They tell a
-    distilled model from the one it was distilled from where `model_index.json` is the same."""
+    """Entries that a component's own configuration file must have, with their values, by component. They distinguish a
+    distilled model from its original where `model_index.json` is the same."""
 
     def __call__(self, model_index: Mapping[str, Any], component_configs: Mapping[str, Mapping[str, Any]]) -> bool:
         return (
@@ -43,12 +43,12 @@ class Match(BaseModel):
 
     @property
     def specificity(self) -> int:
-        """How much is demanded beyond the class of the pipeline."""
+        """Number of conditions beyond the pipeline class."""
         return len(self.config) + len(self.components) + sum(map(len, self.component_config.values()))
 
 
 class SamplingDefaults(BaseModel):
-    """What a request that names nothing but a prompt gets. Every number's source stands beside it in the YAML."""
+    """What a request with nothing but a prompt gets. The YAML gives every number's source beside it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -76,29 +76,29 @@ class ModelFamily(BaseModel):
     """Diffusers pipeline class by task (the values of `pipelines.job.Task`)."""
     parameters: frozenset[str]
     """Sampling parameters the family's pipelines read, by their names in a request (`guidance_scale`, `flow_shift` …).
-    A request that sets another is refused by name."""
+    A request that sets another is refused, and the error names it."""
     defaults: SamplingDefaults
     task_defaults: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
-    """What differs from `defaults` by task: the size of a video model's pictures, how freely a mask is filled."""
+    """What differs from `defaults` by task: the size of a video model's images, the strength of inpainting."""
     size_multiple: int = 16
     """Width and height the model computes are multiples of this; other sizes are computed larger and cropped."""
     frame_multiple: int = 1
-    """Clips have `frame_multiple * k + 1` frames; other lengths are computed longer and trimmed."""
+    """Videos have `frame_multiple * k + 1` frames; other lengths are computed longer and trimmed."""
     max_sequence_length: int | None = None
-    """Tokens that a prompt is cut or filled up to. None: as many as its pipelines take by default."""
+    """Tokens that a prompt is truncated or padded to. None: the default of the family's pipelines."""
     max_images: int = 1
     """Input images one request may have."""
     sharded: bool = True
     """Whether its transformer can be sharded over several ranks."""
 
     def num_tokens(self, width: int, height: int, num_frames: int) -> int:
-        """Tokens of the sequence that the transformer computes for an output of this size, in pixels and frames: one
-        for each square of `size_multiple` in each group of `frame_multiple` frames, the first frame being a group."""
+        """Tokens of the transformer's sequence for an output of this size, in pixels and frames: one for each square of
+        `size_multiple` in each group of `frame_multiple` frames, where the first frame is a group of its own."""
         across, down = (math.ceil(side / self.size_multiple) for side in (width, height))
         return across * down * (1 + math.ceil((num_frames - 1) / self.frame_multiple))
 
     def defaults_for(self, task: str) -> SamplingDefaults:
-        """The defaults of one task. A picture is one frame, whatever length the family's clips have."""
+        """The defaults of one task. An image is one frame, whatever length the family's videos have."""
         frames = {} if task.endswith("video") else {"num_frames": 1}
         return SamplingDefaults(**{**self.defaults.model_dump(), **frames, **self.task_defaults.get(task, {})})
 
@@ -134,16 +134,16 @@ def family_for(
     overrides: Mapping[str, Any] | None = None,
     component_configs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> ModelFamily | None:
-    """The family of a model, changed by what the model says of itself.
+    """The family of a model, with the model's own overrides.
 
     Args:
         model_index: the model's `model_index.json`.
         overrides: the model's `ditserve.yaml`: fields of `ModelFamily` that replace its family's, mappings key by key.
-            For a model of no known family they must make up a whole one.
+            For a model of no known family they must define a complete one.
         component_configs: configuration files of components, by component, as far as they are known.
 
     Raises:
-        pydantic.ValidationError: the overrides name no field of `ModelFamily`, or do not make up a family.
+        pydantic.ValidationError: an override is not a field of `ModelFamily`, or the result is not a complete family.
     """
     known = next((family for family in families() if family.match(model_index, component_configs or {})), None)
     if not overrides:
@@ -154,7 +154,7 @@ def family_for(
 
 
 def family_in(directory: Path) -> ModelFamily | None:
-    """The family of the model in this directory, or None when it is none that we know.
+    """The family of the model in this directory, or None when it is unknown.
 
     Reads `model_index.json`, the configuration files of components that any family asks about, and the model's
     `ditserve.yaml` if it has one. Raises as `family_for` does.
@@ -174,7 +174,7 @@ def family_in(directory: Path) -> ModelFamily | None:
 
 
 def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `overrides`; where both have a mapping, merged in turn."""
+    """`base` with the values of `overrides`; where both have a mapping, the two are merged likewise."""
     both = {
         key: _merged(base[key], value)
         for key, value in overrides.items()

@@ -18,9 +18,9 @@ class ParallelDims:
     cfg_degree: int = 1
     """2 when the conditional and the unconditional branch of classifier-free guidance run on different ranks."""
     ring_degree: int = 1
-    """Ranks among which keys and values travel round a ring."""
+    """Ranks among which keys and values travel around a ring."""
     ulysses_degree: int = 1
-    """Ranks that trade attention heads for sequence by all-to-all."""
+    """Ranks that exchange attention heads for parts of the sequence by all-to-all."""
 
     @property
     def sp_degree(self) -> int:
@@ -47,10 +47,10 @@ class ParallelDims:
         ulysses_degree: int | None = None,
         ring_degree: int | None = None,
     ) -> ParallelDims:
-        """Fill in what was left out, then demand that the whole equation holds.
+        """Fill in what was left out, then check that the whole equation holds.
 
-        Without `sp_degree`, all ranks that CFG parallelism leaves over shard the sequence; without `ulysses_degree`
-        and `ring_degree` they do so by Ulysses, which exchanges less than a ring wherever the heads divide.
+        Without `sp_degree`, all ranks left over by CFG parallelism shard the sequence. Without `ulysses_degree` and
+        `ring_degree` they do so by Ulysses, which exchanges less than a ring wherever the heads divide evenly.
 
         Raises:
             ValueError: the degrees do not multiply to `num_gpus`; the message is the equation.
@@ -61,7 +61,7 @@ class ParallelDims:
             ulysses_degree = max(1, ranks // (ring_degree or 1))
         if ring_degree is None:
             ring_degree = max(1, ranks // ulysses_degree)
-        # Only someone who gave `sp_degree` is told of it; others get the whole equation below.
+        # The message names `sp_degree` only if it was given; otherwise the whole equation below is reported.
         if sp_degree is not None and sp_degree != ulysses_degree * ring_degree:
             raise ValueError(
                 f"sp_degree ({sp_degree}) must equal ulysses_degree * ring_degree "

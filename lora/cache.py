@@ -11,8 +11,8 @@ V = TypeVar("V")
 
 
 class LRUCache(Generic[K, V]):
-    """Holds at most `max_bytes`, except that pinned entries always stay, and the one put last until the next `put`
-    or `pin`: so whoever put it can still pin it."""
+    """Holds at most `max_bytes`, except that pinned entries always stay, and the newest one stays until the next `put`
+    or `pin`, so that its owner can still pin it."""
 
     def __init__(self, max_bytes: int, size_of: Callable[[V], int]):
         self.max_bytes = max_bytes
@@ -43,7 +43,7 @@ class LRUCache(Generic[K, V]):
         self._evict(self._pinned | {key})
 
     def pin(self, keys: Collection[K]) -> None:
-        """Exactly these keys are not evicted from now on, whether they are held yet or not."""
+        """From now on, exempt exactly these keys from eviction, whether they are held yet or not."""
         self._pinned = frozenset(keys)
         self._evict(self._pinned)
 

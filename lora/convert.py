@@ -1,8 +1,9 @@
-"""Key names of every public adapter format, made diffusers' own: `<module>.lora_A.weight` and the like, by transformer.
+"""Converts every public adapter format's key names to diffusers' (`<module>.lora_A.weight` etc.), by transformer.
 
-Foreign names are diffusers' work (each family's `lora_state_dict`). Here is what it leaves open: which keys it left
-unused, alphas that it would round to half precision, files in PEFT's and diffusers' own naming, which it would take for
-foreign ones when they have alphas, and halves under the names that diffusers gave them before it used PEFT.
+Diffusers converts foreign names (each family's `lora_state_dict`). This module does what that leaves open: it finds
+keys left unused; it keeps alphas from being rounded to half precision; it reads files in PEFT's and diffusers' own
+naming, which diffusers takes for foreign ones when they have alphas; and it renames halves from the names that
+diffusers used before PEFT.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ COMFYUI_PREFIX = "diffusion_model."
 ALPHA = re.compile(r"(?P<module>.+?)(\.lora_[AB]\.weight)?\.alpha")
 
 LAYER = re.compile(r"(?P<module>.+)\.lora_(?P<half>A(?!(\.default)?\.bias)|B)(\.default)?\.(?P<kind>weight|bias)")
-"""One tensor of one layer: a half of its pair, or the bias of the second."""
+"""One tensor of one layer: a half of its low-rank pair, or the bias of the second half."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class Converted:
     layers: Mapping[str, Mapping[str, torch.Tensor]]
     """Halves of low-rank pairs, by transformer, then by key in diffusers' naming."""
     alphas: Mapping[str, Mapping[str, float]]
-    """By transformer, then by module; alphas that are already folded into the layers are not among them."""
+    """By transformer, then by module, without the alphas that are already folded into the layers."""
     whole: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Whole-tensor updates of the first transformer by parameter name."""
     renamed: bool = False
-    """Whether the file has other names for the modules than the model."""
+    """Whether the file names modules differently from the model."""
 
 
 def convert(
@@ -55,7 +56,7 @@ def convert(
         transformers: by component name; only their configs and the names of their parameters are read.
 
     Raises:
-        InvalidAdapter: the file is of no format that the pipeline's family knows, or not every key has a use.
+        InvalidAdapter: the pipeline's family does not know the file's format, or has no use for some key.
     """
     ours = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
     parameters = {name: {key for key, _ in module.named_parameters()} for name, module in transformers.items()}
@@ -65,8 +66,7 @@ def convert(
 
 
 def by_transformer(values: Mapping[str, T], transformers: Iterable[str]) -> dict[str, dict[str, T]]:
-    """Divide keys by their first component, for every transformer; those that begin with no transformer's name are the
-    first one's."""
+    """Group keys by transformer, for every transformer: the one that their first component names, or else the first."""
     divided: dict[str, dict[str, T]] = {name: {} for name in transformers}
     first = next(iter(divided))
     for key, value in values.items():
@@ -79,7 +79,7 @@ def by_transformer(values: Mapping[str, T], transformers: Iterable[str]) -> dict
 
 
 def _names_a_layer(key: str, parameters: Mapping[str, Collection[str]]) -> bool:
-    """Whether a key is in diffusers' naming already: of a layer with one of the parameters, given by transformer."""
+    """Whether a key is already in diffusers' naming: its layer is among `parameters`, which are by transformer."""
     layer = LAYER.fullmatch(key)
     return layer is not None and any(
         f"{layer['module'].removeprefix(f'{name}.')}.weight" in names for name, names in parameters.items()
@@ -89,7 +89,7 @@ def _names_a_layer(key: str, parameters: Mapping[str, Collection[str]]) -> bool:
 def _by_diffusers(
     tensors: Mapping[str, torch.Tensor], pipeline_class: type, transformers: Mapping[str, nn.Module]
 ) -> Converted:
-    """Rename what is not in diffusers' naming, and see that nothing gets lost."""
+    """Rename keys that are not in diffusers' naming, and make sure that none gets lost."""
     if not hasattr(pipeline_class, "lora_state_dict"):
         raise InvalidAdapter(f"can't be used: {pipeline_class.__name__} takes no LoRA")
     # In fp32, so that folding in an alpha rounds nothing.
@@ -112,30 +112,30 @@ def _by_diffusers(
 def _renamed(
     traced: dict[str, torch.Tensor], pipeline_class: type, transformers: Mapping[str, nn.Module]
 ) -> dict[str, Any]:
-    """What diffusers makes of a file: halves of pairs, and the alphas that it has not folded into them."""
+    """The result of diffusers' conversion: halves of pairs, and the alphas that it has not folded into them."""
     converter = pipeline_class.lora_state_dict  # type: ignore[attr-defined]
     options: dict[str, Any] = {}
     if "return_alphas" in inspect.signature(converter).parameters:
         options["return_alphas"] = True
-    if "unet" in transformers:  # its layers are counted otherwise in SDXL's own checkpoints
+    if "unet" in transformers:  # SDXL's own checkpoints number its layers differently
         options["unet_config"] = transformers["unet"].config
     try:
-        result = converter(dict(traced), **options)  # which some of them empty
-    except Exception as error:  # the converters fail in any way (KeyError, IndexError, AssertionError …) on a misfit
+        result = converter(dict(traced), **options)  # a copy: some converters empty it
+    except Exception as error:  # on a misfit, converters raise anything (KeyError, IndexError, AssertionError …)
         raise InvalidAdapter(
             f"is of no LoRA format that {pipeline_class.__name__} knows (keys such as {listed(traced)})"
         ) from error
     state, alphas = result if isinstance(result, tuple) else (result, None)
-    # The rest of the way is in `load_lora_adapter`: halves as diffusers named them before PEFT.
+    # Diffusers leaves one step to `load_lora_adapter`: renaming halves from the names it used before PEFT.
     state = convert_unet_state_dict_to_peft({**state, **(alphas or {})})
-    # FLUX.1's converter takes off no prefix but its own.
+    # FLUX.1's converter removes no prefix but its own.
     return {key.removeprefix(COMFYUI_PREFIX): value for key, value in state.items()}
 
 
 def _without_alphas(
     state: Mapping[str, Any], transformers: Collection[str]
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, float]]]:
-    """The tensors that are no alpha, and the alphas by module, by transformer each."""
+    """The tensors that are not alphas, and the alphas by module; both by transformer."""
     layers = {key: value for key, value in state.items() if not ALPHA.fullmatch(key)}
     alphas = {match["module"]: float(value) for key, value in state.items() if (match := ALPHA.fullmatch(key))}
     return by_transformer(layers, transformers), by_transformer(alphas, transformers)
@@ -150,7 +150,7 @@ def _is_neutral(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _narrowed(tensor: torch.Tensor, file: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A plain tensor, in the precision it has in the file if it has the same values there."""
+    """A plain tensor, in the file's half precision if that holds the same values, else as it is."""
     sources = tensor.sources if isinstance(tensor, Traced) else frozenset()
     tensor = tensor.as_subclass(torch.Tensor)
     for dtype in {file[key].dtype for key in sources if file[key].dtype in (torch.bfloat16, torch.float16)}:

@@ -1,7 +1,6 @@
 """What an adapter adds to a model's parameters, and its form as one block of bytes.
 
-The block is a safetensors file in memory, so that ranks can view an adapter where it lies in shared memory instead of
-copying it.
+The block is a safetensors file in memory, so that ranks can view an adapter in shared memory instead of copying it.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class LowRank:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the parameter it is for."""
+        """Shape of the parameter that it updates."""
         return torch.Size((self.up.shape[0], *self.down.shape[1:]))
 
 
@@ -39,7 +38,7 @@ class Delta:
     """`parameter += scale * delta`: for biases and norms, where low rank would save nothing."""
 
     delta: torch.Tensor
-    """Of the parameter's shape."""
+    """Has the parameter's shape."""
     scale: float = 1.0
 
     @property
@@ -52,11 +51,11 @@ Update = LowRank | Delta
 
 @dataclass(frozen=True)
 class Factors:
-    """An adapter that has been found to fit a model."""
+    """An adapter that is known to fit a model."""
 
     updates: Mapping[str, Mapping[str, Update]]
-    """By transformer (`transformer`, `transformer_2`), then by the name of the parameter in it. Transformers that are
-    given the same updates share one mapping."""
+    """By transformer (`transformer`, `transformer_2`), then by parameter name. Transformers with the same updates share
+    one mapping."""
 
     @property
     def transformers(self) -> tuple[str, ...]:
@@ -64,7 +63,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """The largest rank among its layers; 0 when it has none of low rank."""
+        """The largest rank among its layers; 0 without low-rank updates."""
         return max((u.down.shape[0] for us in self._groups for u in us.values() if isinstance(u, LowRank)), default=0)
 
     @property
@@ -77,7 +76,7 @@ class Factors:
         return list({id(updates): updates for updates in self.updates.values()}.values())
 
     def to_bytes(self) -> bytes:
-        """One safetensors block; tensors that transformers share are in it once."""
+        """One safetensors block, which stores tensors that transformers share only once."""
         groups = self._groups
         tensors = {
             f"{index}/{parameter}/{part}": tensor.contiguous()
@@ -91,8 +90,7 @@ class Factors:
 
     @classmethod
     def from_bytes(cls, block: bytes | bytearray | memoryview) -> Factors:
-        """The inverse of `to_bytes`. The tensors are views of `block`, which lives as long as they do; they are
-        not to be written to."""
+        """The inverse of `to_bytes`. The tensors are views that keep `block` alive; do not write to them."""
         size = int.from_bytes(block[:8], "little")
         header = json.loads(bytes(block[8 : 8 + size]))
         metadata = header.pop("__metadata__")

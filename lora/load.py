@@ -1,7 +1,7 @@
 """From an adapter file in any public format to factors that are known to fit the model, or one clear reason why not.
 
-What diffusers would let pass with a warning (keys that nothing uses, layers that the model does not have, an adapter
-for another model) is an error here, found before a weight is touched.
+What diffusers only warns about (unused keys, layers that the model does not have, an adapter for another model) is an
+error here, found before a weight is touched.
 """
 
 from __future__ import annotations
@@ -36,32 +36,32 @@ OTHER_METHODS = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
 }
-"""Marks in the keys of adapters that are no plain LoRA."""
+"""Parts of keys that reveal an adapter other than plain LoRA."""
 
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of PEFT's `init_lora_weights` that take the adapter's first values out of the model's weights."""
+"""Prefixes of PEFT's `init_lora_weights` that subtract the adapter's initial values from the model's weights."""
 
 
 def load(source: Source, pipeline_class: type, transformers: Mapping[str, nn.Module]) -> Factors:
     """Read, convert and validate an adapter for the transformers of a pipeline.
 
-    What a file gives for the first transformer alone goes to all of the model (both experts of Wan 2.2). The factors
-    keep the file's precision, save where an alpha that was folded into them needs fp32.
+    A file that updates the first transformer alone applies to all of the model's (both experts of Wan 2.2). The factors
+    keep the file's precision, but become fp32 where an alpha that was folded into them needs it, or from fp8 and fp64.
 
     Args:
         source: what `resolve` found.
         pipeline_class: the diffusers pipeline, whose `lora_state_dict` knows the family's formats.
-        transformers: by component name; only their configs, and names and shapes of their parameters are read.
+        transformers: by component name; only their configs and the names and shapes of their parameters are read.
 
     Raises:
-        InvalidAdapter: with one reason that a client can act upon.
+        InvalidAdapter: with one reason that a client can act on.
     """
     shapes = {name: {p: v.shape for p, v in module.named_parameters()} for name, module in transformers.items()}
     first = next(iter(shapes))
     try:
         tensors, configs = _read(source, shapes)
         _demand_lora(tensors, configs.values())
-        if any(ALPHA.fullmatch(key) for key in tensors):  # a config would come on top of what is folded in by them
+        if any(ALPHA.fullmatch(key) for key in tensors):  # a config would scale again what these alphas scale
             configs = {name: {} for name in shapes}
         converted = convert(tensors, pipeline_class, transformers)
         if converted.renamed and any(config.get("alpha_pattern") for config in configs.values()):
@@ -80,11 +80,11 @@ def load(source: Source, pipeline_class: type, transformers: Mapping[str, nn.Mod
 
 
 def _read(source: Source, transformers: Iterable[str]) -> tuple[dict[str, torch.Tensor], Mapping[str, Config]]:
-    """All tensors of the file, and PEFT's config for each transformer: in its header (diffusers), for each its own, or
-    beside the file, for all."""
+    """All tensors of the file, and PEFT's config for each transformer: its own from the file's header (diffusers), or
+    one for all from beside the file."""
     try:
         with safe_open(source.file, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
             header = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
@@ -99,7 +99,7 @@ def _read(source: Source, transformers: Iterable[str]) -> tuple[dict[str, torch.
 
 
 def _demand_lora(tensors: Mapping[str, torch.Tensor], configs: Iterable[Config]) -> None:
-    """Refuse what is no LoRA, or more than a LoRA of the transformer, by its key names and values alone."""
+    """Refuse anything but a plain LoRA of the transformer, judging by key names, values and configs alone."""
     methods = [method for mark, method in OTHER_METHODS.items() if any(mark in key for key in tensors)]
     for config in configs:
         methods += ["DoRA"] if config.get("use_dora") else []
@@ -176,7 +176,7 @@ def _scale(module: str, rank: int, alphas: Mapping[str, float], config: Config) 
 
 
 def _demand_known(layers: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> None:
-    """Every key must be a half of a pair for a module that the transformer has."""
+    """Every key must name a tensor of a LoRA layer, for a module that the transformer has."""
     unknown = [key for key in layers if not ((m := LAYER.fullmatch(key)) and f"{m['module']}.weight" in shapes)]
     if not unknown:
         return
@@ -209,7 +209,7 @@ def _demand_fit(updates: Mapping[str, Update], shapes: Mapping[str, torch.Size])
 
 
 def _storable(tensor: torch.Tensor) -> torch.Tensor:
-    """In a precision that factors are kept in: others (fp8, fp64) become fp32."""
+    """The tensor in a precision that factors support: others (fp8, fp64) become fp32."""
     return tensor if tensor.dtype in DTYPES.values() else tensor.float()
 
 

@@ -1,7 +1,7 @@
-"""Adding adapters to a model's weights in place, and taking them out again to the last bit.
+"""Merges adapters into a model's weights in place, and unmerges them bit for bit.
 
-Subtracting what was added does not give the old weights back (after diffusers' `fuse_lora` and `unfuse_lora` 15 % of
-bf16 weights differ), so what a merge touched is written anew from the base values, wherever `Originals` has them.
+Subtracting what was added does not restore the old weights (after diffusers' `fuse_lora` and `unfuse_lora`, 15 % of
+bf16 weights differ). So an unmerge rewrites the touched weights from the base values, wherever `Originals` keeps them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from lora.factors import Delta, Factors, LowRank, Update
 from lora.originals import HostCopies, Key, Originals
 
 CHUNK = 2**20
-"""Weights that one thread of a CPU merges at a time: 4 MiB in fp32, which a third-level cache holds. 397M bf16 weights
-take two cores 0.34 s, in chunks of a quarter of that 0.37 s."""
+"""Weights that one CPU thread merges at a time: 4 MiB in fp32, which fits an L3 cache. 397M bf16 weights take two cores
+0.34 s, or 0.37 s in chunks of a quarter of this size."""
 
 Plan = dict[Key, list[tuple[Update, float]]]
 """Every update of every parameter, with its strength."""
@@ -27,13 +27,13 @@ Plan = dict[Key, list[tuple[Update, float]]]
 class Merger:
     """Keeps a model's weights at base + the composition merged last.
 
-    Modules, parameters and their storage stay the same objects, so hooks, compiled graphs and offloading go on
-    working. A parameter is changed where it lies: with offloading call it between jobs, when `parameter.data` is the
+    Modules, parameters and their storage stay the same objects, so hooks, compiled graphs and offloading keep working.
+    A parameter is changed on the device it is on: with offloading, merge between jobs, when `parameter.data` is the
     host tensor.
     """
 
     def __init__(self, transformers: Mapping[str, nn.Module], originals: Originals | None = None):
-        """`originals`: where restored weights come from; copies in host memory unless told."""
+        """`originals`: where restored weights come from; copies in host memory by default."""
         self._transformers = dict(transformers)
         self._originals = originals or HostCopies()
         self._merged: set[Key] = set()
@@ -54,13 +54,13 @@ class Merger:
         """Make the weights base + the sum of all adapters, each given with its strength and its targets.
 
         A target is `all` or the name of a transformer; names that the model does not have are ignored. Whatever was
-        merged before is taken out. All adapters of a parameter are added at once and in fp32, so that a half-precision
+        merged before is unmerged. All adapters of a parameter are added at once and in fp32, so that a half-precision
         weight is rounded once.
 
         Raises:
             ValueError: an adapter does not fit the model; nothing has changed.
-            Exception: whatever else went wrong (no memory, say); the weights are the base weights again, unless
-                restoring them failed too (then `holds_a_merge`).
+            Exception: anything else that went wrong (out of memory, say); the weights are the base weights again,
+                unless restoring them failed too (then `holds_a_merge` is true).
         """
         plan = self._plan(composition)
         try:
@@ -68,7 +68,7 @@ class Merger:
             on_gpu = any(self._parameter(key).is_cuda for key in plan)
             with _workers(1 if on_gpu else torch.get_num_threads()) as workers:
                 for _ in workers.map(self._merge_parameter, plan.keys(), plan.values()):
-                    pass  # what a worker raised is raised here
+                    pass  # re-raises what a worker raised
         except BaseException:
             self.restore()
             raise
@@ -85,11 +85,11 @@ class Merger:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Make the weights the base weights again, bit for bit. Only what the merge touched is written."""
+        """Restore the base weights, bit for bit. Only what the merge touched is written."""
         self._restore(set(self._merged))
 
     def release(self) -> None:
-        """Restore, and give back the memory that base values take."""
+        """Restore the base weights, and free the memory that their copies take."""
         self.restore()
         self._originals.forget()
 
@@ -124,14 +124,14 @@ class Merger:
 
 @contextmanager
 def _workers(count: int) -> Iterator[Executor]:
-    """Threads that compute alone, a parameter each. All at one parameter wait for each other after each of its chunks:
-    397M bf16 weights then took two cores 0.42 to 0.54 s, by how soon threads sleep, and take 0.34 s this way."""
+    """Threads that each merge a parameter alone. Threads that share one wait for each other after each chunk: 397M bf16
+    weights then took two cores 0.42 to 0.54 s, depending on how soon threads sleep, and take 0.34 s this way."""
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(threads // count,)) as workers:
             yield workers
     finally:
-        torch.set_num_threads(threads)  # MKL's number is one for all threads
+        torch.set_num_threads(threads)  # MKL has one thread count for all threads
 
 
 def _write_sum(parameter: torch.Tensor, base: torch.Tensor, parts: Sequence[tuple[Update, float]]) -> None:
@@ -155,8 +155,8 @@ def _write_sum(parameter: torch.Tensor, base: torch.Tensor, parts: Sequence[tupl
 def _write_product(weight: torch.Tensor, base: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
     """`weight = base + up @ down`, summed in fp32 and rounded once: (out, in) = (out, in) + (out, r) @ (r, in).
 
-    GPUs do that inside `addmm`. CPUs without matrix instructions for half precision need 1.0 s for 14M bf16 weights
-    that way, and 0.02 s by way of fp32, a cacheful of rows at a time.
+    GPUs do that inside `addmm`. CPUs without half-precision matrix instructions take 1.0 s for 14M bf16 weights that
+    way, but 0.02 s via fp32, a cacheful of rows at a time.
     """
     if weight.is_cuda or weight.dtype == torch.float32:
         torch.addmm(base.to(weight), up.to(weight), down.to(weight), out=weight)

@@ -1,6 +1,7 @@
-"""Where base weights come from when what was merged into them is taken out again.
+"""Where base weights come from when adapters are unmerged.
 
-Two ways, of which memory decides: copies in host memory, or the files that the model was loaded from.
+There are two sources, and the choice (`lora_restore`) depends on memory: copies in host memory, or the files that the
+model was loaded from.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ class Originals(Protocol):
         """Host memory that they take."""
 
     def keep(self, key: Key, parameter: torch.Tensor) -> None:
-        """`parameter`, which has its base values, is about to be changed."""
+        """Called before `parameter` is changed, while it still has its base values."""
 
     def read(self, key: Key) -> torch.Tensor:
-        """The base values of a parameter that was kept, in host memory and in its precision. Not to be written to."""
+        """The base values of a parameter that was kept, in host memory and in its precision. Do not write to them."""
 
     def forget(self) -> None:
-        """Every parameter has its base values again, and none will be asked for before it is kept anew."""
+        """Called when every parameter has its base values again. None is read before it is kept again."""
 
 
 class HostCopies:
-    """Copies of every parameter that was ever merged into, in host memory (pinned for CUDA): accelerator memory belongs
-    to the generation. They outlive the merge, because copying is half of a merge's time."""
+    """Copies of every parameter ever merged into, in host memory (pinned for CUDA): accelerator memory is for
+    generation. They outlive the merge, because copying is half of a merge's time."""
 
     def __init__(self) -> None:
         self._copies: dict[Key, torch.Tensor] = {}
@@ -60,9 +61,9 @@ class HostCopies:
 
 
 class Checkpoint:
-    """The safetensors files that the transformers were loaded from, mapped into memory, which costs none.
+    """The safetensors files that the transformers were loaded from, memory-mapped, which costs no memory.
 
-    The files stay open: that they are replaced or deleted while the server runs changes nothing.
+    The files stay open, so replacing or deleting them while the server runs changes nothing.
     """
 
     num_bytes = 0
@@ -75,8 +76,8 @@ class Checkpoint:
             directory: the model's, with one folder per component.
 
         Raises:
-            ValueError: a parameter can't be had again from there, because the loader renamed it, computed it or put it
-                together from several; in one line.
+            ValueError: a parameter can't be restored from there, because the loader renamed it, computed it or put it
+                together from several. The message is one line.
         """
         self._files: dict[Key, Any] = {}
         self._dtypes: dict[Key, torch.dtype] = {}
@@ -102,14 +103,14 @@ class Checkpoint:
 
 
 def _files_by_tensor(folder: Path) -> dict[str, Any]:
-    """The open safetensors file of each tensor in a component's folder, whether in one file or in several."""
+    """The open safetensors file of each tensor in a component's folder, which may have one file or several."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else [SAFETENSORS_WEIGHTS_NAME]
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"Weights can't be restored from the checkpoint: '{folder}' has no {missing[0]}")
     files = [safe_open(folder / name, framework="pt") for name in sorted(set(shards))]
-    return {tensor: file for file in files for tensor in file.keys()}  # noqa: SIM118 (it is no mapping)
+    return {tensor: file for file in files for tensor in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
 def _refusal(key: Key) -> str:
@@ -117,5 +118,5 @@ def _refusal(key: Key) -> str:
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Zeros of either sign differ."""
+    """Whether shapes and all bits are equal: 0.0 and -0.0 differ."""
     return one.shape == other.shape and torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))

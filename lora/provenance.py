@@ -1,8 +1,8 @@
 """Which of an adapter file's tensors a key conversion really used.
 
-Diffusers' converters drop some keys silently and others with a log line. An adapter that is applied in part is not the
-adapter its author made, so the conversion is run on tensors that remember where they come from: whatever a converter
-does (renaming, splitting a fused QKV, scaling by alpha), every result names the keys that went into it.
+Diffusers' converters drop some keys silently and others with a log line. An adapter applied in part is not the adapter
+its author made, so the conversion runs on tensors that remember their origin: whatever a converter does (renaming,
+splitting a fused QKV, scaling by alpha), every result names the keys that went into it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Traced(torch.Tensor):
         read: set[str] = set()
         traced: dict[str, torch.Tensor] = {}
         for key, tensor in tensors.items():
-            # A fresh view: tensors of one storage must not share the attributes.
+            # A fresh view, so that keys with the same tensor do not share these attributes.
             view = tensor.view_as(tensor).as_subclass(cls)
             view.sources, view.read = frozenset({key}), read
             traced[key] = view
@@ -47,5 +47,5 @@ class Traced(torch.Tensor):
 
 
 def used_keys(converted: Iterable[torch.Tensor], read: set[str]) -> set[str]:
-    """The file keys behind the outcome of a conversion."""
+    """The file keys that went into a conversion's results."""
     return read.union(*(tensor.sources for tensor in converted if isinstance(tensor, Traced)))

@@ -1,4 +1,4 @@
-"""Where an adapter's weights lie: from what a client names to one safetensors file, without loading it."""
+"""Where an adapter's weights are: from what a client names to one safetensors file, without loading it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
 CONFIG_NAME = "adapter_config.json"
-"""PEFT's: holds alpha and the like, which PEFT does not write into the safetensors file."""
+"""PEFT's: holds alpha and other settings that PEFT does not write into the safetensors file."""
 
 PREFERRED_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-"""What diffusers and PEFT call the file, looked for first in a folder of several."""
+"""Diffusers' and PEFT's names for the file, preferred in a folder that has several."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -32,28 +32,28 @@ class Source:
     """An adapter that exists."""
 
     path: str
-    """As the client named it: the only name that may stand in a message."""
+    """As the client named it: the only name that a message may contain."""
     file: Path
     config: Path | None
     """PEFT's `adapter_config.json` beside it."""
     identity: str
-    """Equal for equal weights: a hash over the file's place, size and time, or `repo@revision/file`."""
+    """Equal for equal weights: a hash over path, size and mtime of file and config, or `repo@commit/file`."""
 
 
 def resolve(path: str, within: Path | None = None) -> Source:
     """Find the safetensors file that `path` means: a file, a folder or a Hugging Face repo id, in this order.
 
-    Only a repo's chosen file is downloaded (and PEFT's config); without network the local cache serves.
+    Of a repo, only the chosen file and PEFT's config are downloaded; without network, the local cache is used.
 
     Args:
-        within: the only folder whose files may be read. Relative paths then start there, links are followed before
-            they are judged, and there are no repo ids.
+        within: the only folder whose files may be read. Relative paths then start there, links are resolved before the
+            check, and repo ids are not accepted.
 
     Raises:
-        InvalidAdapter: nothing is there, or nothing but pickles, or it is not clear which file is meant, or it lies
-            outside of `within`.
+        InvalidAdapter: nothing is there, or nothing but pickles, or it is unclear which file is meant, or the file is
+            outside `within`.
     """
-    if "\0" in path:  # the one character that no name has, and that file functions fail on
+    if "\0" in path:  # no file name contains it, and file functions fail on it
         raise InvalidAdapter(f"{path!r} does not exist")
     try:
         place = _confined(path, Path(path), within) if within else Path(path).expanduser()
@@ -62,15 +62,15 @@ def resolve(path: str, within: Path | None = None) -> Source:
         if place.is_dir():
             names = sorted(file.name for file in place.iterdir())
             return _local(path, place / _choose(path, names), within)
-    except OSError as error:  # a name too long, a folder that may not be read
+    except OSError as error:  # the name is too long, or the folder unreadable
         raise InvalidAdapter(f"'{path}' can't be read: {error.strerror}") from error
-    except RuntimeError as error:  # `~name`, and there is no such user
+    except RuntimeError as error:  # `~name` where no such user exists
         raise InvalidAdapter(f"'{path}' can't be read: {error}") from error
     if within:
         raise InvalidAdapter(
             f"'{path}' does not exist in this server's folder of adapters, and it takes adapters from nowhere else"
         )
-    # Two components ending in .safetensors are a relative path: no one calls a repo that.
+    # Two components ending in .safetensors are a relative path: nobody names a repo like that.
     match = REPO.fullmatch(path)
     if match is None or (path.endswith(".safetensors") and match["file"] is None):
         raise InvalidAdapter(f"'{path}' does not exist: it is no file, no folder and no Hugging Face repo id")
@@ -90,7 +90,7 @@ def _local(path: str, file: Path, within: Path | None) -> Source:
 
 
 def _confined(path: str, place: Path, within: Path) -> Path:
-    """Where `place` really lies. What lies outside is refused in the same words whether it exists or not."""
+    """The real path of `place`. One outside `within` is refused in the same words whether it exists or not."""
     real = Path(os.path.realpath(within / place))
     if not real.is_relative_to(os.path.realpath(within)):
         raise InvalidAdapter(f"'{path}' lies outside of this server's folder of adapters")
@@ -117,7 +117,7 @@ def _download(path: str, repo: str, revision: str | None, wanted: str | None) ->
         try:
             info = HfApi().model_info(repo, revision=revision)
             commit, names = info.sha, [sibling.rfilename for sibling in info.siblings or ()]
-        except (HTTPError, OSError):  # gone, private, or no network: what was downloaded before still serves
+        except (HTTPError, OSError):  # gone, private, or no network: an earlier download still serves
             folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
             commit, names = folder.name, [str(file.relative_to(folder)) for file in folder.rglob("*")]
         name = wanted or _choose(path, sorted(name for name in names if "/" not in name))

@@ -1,9 +1,9 @@
 """Whole-tensor updates in LoRA files for Wan, named as in Wan's own checkpoints.
 
-Distillation LoRAs (lightx2v, CausVid, AccVideo and what is extracted by ComfyUI's tools) carry `diff`, `diff_b` and
-`diff_m` beside the low-rank pairs: full updates of norms, biases, modulations and the patch embedding. Diffusers'
+Distillation LoRAs (lightx2v, CausVid, AccVideo and those that ComfyUI's tools extract) carry `diff`, `diff_b` and
+`diff_m` beside the low-rank pairs: full updates of norms, biases, modulations and the patch embedding. Diffusers' LoRA
 converter drops most of them and fails on the others. Each is named like the checkpoint tensor that it changes, so the
-checkpoint's converter names it.
+checkpoint converter can rename it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 PREFIX = "diffusion_model."
 
 ENDINGS = {".modulation.diff": ".modulation", ".diff": ".weight", ".diff_b": ".bias", ".diff_m": ".modulation"}
-"""Of an update and of the tensor that it changes, as `tools/extract/lora_extractor.py` of LightX2V pairs them; the
-first is that of tools which do not cut the parameter's name off."""
+"""Endings of an update and of the tensor that it changes, as LightX2V's `tools/extract/lora_extractor.py` pairs them.
+The first comes from tools that do not strip the parameter's name."""
 
 
 def take_full_updates(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Who calls a route, told to it by FastAPI, and the routes that not everybody may call."""
+"""FastAPI dependencies that give a route its caller, and restrict some routes to admins."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ async def _caller(
 
 
 Known = Annotated[Caller, Depends(_caller)]
-"""The type of a route's parameter that receives its caller."""
+"""Annotation of the route parameter that receives the caller."""
 
 
 async def known(caller: Known) -> None:
-    """A dependency of every route below /v1."""
+    """Dependency of every route under /v1."""
 
 
 async def admin_only(caller: Known) -> None:
-    """A dependency of routes that change what all requests get."""
+    """Dependency of routes whose changes affect all requests."""
     caller.require_admin("This route")

@@ -1,8 +1,8 @@
 """Request bodies of any encoding as one dictionary of fields.
 
-Clients do not agree: OpenAI's send multipart for every video and JSON for pictures, curl says urlencoded whatever
-`-d` carries, LiteLLM writes structures into form fields as JSON text. So JSON is recognised by its first character, and
-forms may nest as the SDKs do: `image[]`, `input_reference[image_url]`, `lora[][nickname]`.
+Clients differ: OpenAI's send multipart for every video and JSON for images, curl labels whatever `-d` carries as
+urlencoded, LiteLLM puts structures into form fields as JSON text. So JSON is recognised by its first character, and
+forms may nest as the SDKs nest them: `image[]`, `input_reference[image_url]`, `lora[][nickname]`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from deployments.api.multipart import MAX_PARTS, read_multipart
 from deployments.errors import APIError
 
 Fields = dict[str, Any]
-"""JSON values; texts and bytes (files) from forms."""
+"""JSON values; from forms, strings and bytes (files)."""
 
 MAX_TEXT_BYTES = 2**20
-"""All other fields together: a prompt of 32,000 characters is 128 KB at most."""
+"""Limit for all fields but images together: a prompt of 32,000 characters is at most 128 KB."""
 
 _FIELD_NAME = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\]){0,4})")
 
 
 async def read_fields(request: Request, *, max_images: int = 0, max_image_bytes: int = 0) -> Fields:
-    """The fields of the body, which may carry `max_images` images of `max_image_bytes` each; none of an absent body.
+    """The fields of the body, which may carry `max_images` images of `max_image_bytes` each; empty without a body.
 
     Raises:
         APIError: 400 for a body that cannot be parsed, 413 for one that is too large.
@@ -37,7 +37,7 @@ async def read_fields(request: Request, *, max_images: int = 0, max_image_bytes:
     content_type = request.headers.get("content-type", "")
     kind = content_type.partition(";")[0].strip().lower()
     if kind.startswith("multipart/"):
-        # Texts have the limit of files because an image may be one: a data URL.
+        # Text parts have the same limit as files, because an image may be sent as text: a data URL.
         max_part_bytes = max(MAX_TEXT_BYTES, max_image_bytes)
         return _nested(await read_multipart(chunks, content_type, max_part_bytes=max_part_bytes))
     body = b"".join([chunk async for chunk in chunks]).strip()
@@ -55,7 +55,7 @@ async def read_fields(request: Request, *, max_images: int = 0, max_image_bytes:
 
 
 def _form_fields(body: bytes) -> list[tuple[str, str]]:
-    """Of a urlencoded form. It has no room for images: to read their percent codes takes a second for every 5 MB."""
+    """Fields of a urlencoded form. The limit excludes images: decoding percent codes takes a second per 5 MB."""
     if len(body) > MAX_TEXT_BYTES:
         raise _too_large(MAX_TEXT_BYTES)
     try:
@@ -69,7 +69,7 @@ def _too_large(limit: int) -> APIError:
 
 
 async def _limited(chunks: AsyncIterator[bytes], limit: int) -> AsyncIterator[bytes]:
-    """The chunks, counted: a declared Content-Length is neither required nor believed."""
+    """The chunks, counted as they arrive: a declared Content-Length is neither required nor trusted."""
     received = 0
     async for chunk in chunks:
         received += len(chunk)
@@ -90,9 +90,9 @@ def _nested(pairs: Iterable[tuple[str, str | bytes]]) -> Fields:
 
 
 def _insert(fields: Fields, path: list[str], value: str | bytes) -> None:
-    """Set one form value. In `path`, an empty name says that the one before it is a list."""
+    """Set one form value. In `path`, an empty name marks the one before it as a list."""
     name, *rest = path
-    if not rest:  # a field that is repeated is a list too
+    if not rest:  # a repeated field is a list too
         fields[name] = value if name not in fields else [*_as_list(fields[name]), value]
     elif rest[0]:
         inner = fields.setdefault(name, {})
@@ -104,7 +104,7 @@ def _insert(fields: Fields, path: list[str], value: str | bytes) -> None:
         if len(rest) == 1:
             items.append(value)
             return
-        # `lora[][nickname]` again begins the next object; `lora[][target][]` again adds to this one.
+        # A repeated `lora[][nickname]` starts the next object; a repeated `lora[][target][]` extends this one.
         if not items or not isinstance(items[-1], dict) or (len(rest) == 2 and rest[1] in items[-1]):
             items.append({})
         _insert(items[-1], rest[1:], value)

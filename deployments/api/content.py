@@ -13,19 +13,19 @@ from deployments.errors import APIError
 from deployments.interfaces import Content, State
 
 CHUNK_BYTES = 2**20
-"""Read from the store at a time: a round trip to the state actor each, and what one download holds in memory."""
+"""Size of one read from the store: each is a round trip to the state actor, and a download holds one in memory."""
 
 _RANGE = re.compile(r"bytes=\s*([0-9]{0,18})\s*-\s*([0-9]{0,18})\s*", re.IGNORECASE)
-"""With numbers of up to 18 digits: no file is longer, and Python refuses to read thousands of them."""
+"""Numbers have at most 18 digits: no file is longer, and Python refuses to parse thousands of digits."""
 
 
 async def content_response(request: Request, state: State, content: Content) -> Response:
     """`content` as `request` asks for it: 200, 206 for a range, 304 for a cached copy, no body for HEAD.
 
     Raises:
-        APIError: 416 for a range outside of the file; whatever `State.read` raises, while the status can still tell.
+        APIError: 416 for a range outside the file; whatever `State.read` raises before the status is sent.
     """
-    # The key never changes its bytes. It may tell where the file lies, so clients see a digest of it.
+    # A key's bytes never change. The key may reveal where the file is stored, so clients see a digest of it.
     etag = f'"{sha256(content.key.encode()).hexdigest()[:32]}"'
     headers = {
         "accept-ranges": "bytes",
@@ -38,7 +38,7 @@ async def content_response(request: Request, state: State, content: Content) -> 
         return Response(status_code=304, headers=headers)
 
     wanted = request.headers.get("range", "")
-    # HEAD has no ranges (RFC 9110 section 14.2), and one of another file's is none of this one's.
+    # HEAD has no ranges (RFC 9110 section 14.2), and a range of another file (If-Range) does not apply to this one.
     if request.method == "HEAD" or request.headers.get("if-range", etag) != etag:
         wanted = ""
     span = requested_span(wanted, content.size)
@@ -61,9 +61,9 @@ async def content_response(request: Request, state: State, content: Content) -> 
 
 
 def requested_span(header: str, size: int) -> tuple[int, int] | None:
-    """The half-open byte span that a `Range` header asks of a file of `size` bytes; None for the whole file.
+    """The half-open byte span that a `Range` header requests of a file of `size` bytes; None for the whole file.
 
-    A header that is malformed or names several ranges counts for nothing, as RFC 9110 section 14.2 allows.
+    A header that is malformed or names several ranges is ignored, as RFC 9110 section 14.2 allows.
     """
     match = _RANGE.fullmatch(header)
     if match is None or not any(match.groups()):
@@ -73,7 +73,7 @@ def requested_span(header: str, size: int) -> tuple[int, int] | None:
         start, end = int(first), min(int(last) + 1, size) if last else size
         if last and int(last) < int(first):
             return None
-    else:  # a suffix: the last so many bytes
+    else:  # a suffix: the last N bytes
         start, end = max(size - int(last), 0), size
     if start >= size or start == end:
         raise APIError(

@@ -1,4 +1,4 @@
-"""A client that leaves stops what is computed for it."""
+"""Stops the computation for a request when its client disconnects."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from starlette.types import Receive
 
 @asynccontextmanager
 async def cancelled_on_disconnect(receive: Receive) -> AsyncIterator[None]:
-    """Cancel the body of the `async with`, and raise `ClientDisconnect` from it, when the client has left.
+    """Cancel the body of the `async with` and raise `ClientDisconnect` from it when the client disconnects.
 
-    `receive` is the request's ASGI channel, whose body must have been read: the next message that comes through it is
-    the disconnect. Ray Serve also cancels the whole request by itself; under plain uvicorn nobody else does.
-    Only one task may listen at a time, since Ray Serve delivers the message once.
+    `receive` is the request's ASGI channel. The request body must have been read, so that the next message is the
+    disconnect. Ray Serve also cancels the whole request itself; plain uvicorn does not. Only one task may listen at a
+    time, since Ray Serve delivers the message once.
     """
     handler = asyncio.current_task()
     assert handler is not None

@@ -1,4 +1,4 @@
-"""Every failure as OpenAI's error envelope, with the text also under `detail`, where SGLang's clients look."""
+"""Every failure as OpenAI's error envelope, with the message also under `detail`, where SGLang's clients look."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 FINAL = (HTTPStatus.CONFLICT, HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.GATEWAY_TIMEOUT)
-"""What OpenAI's clients would repeat by themselves, twice, and that comes out no better: an adapter is still merged
-half a second later, a generation that failed was already tried again where that may help, a time that was up was the
-client's own."""
+"""Statuses that OpenAI's clients would retry twice by themselves, in vain: an adapter is still merged half a second
+later, a failed generation was already retried where that may help, and an expired timeout was the client's own."""
 
 
 RETRY_AFTER_SECONDS = "5"
-"""When a part of the server that is not there may be back, unless who says so knows better: most are within ten."""
+"""When a missing part of the server may be back, unless the error says otherwise: most are within ten seconds."""
 
 
 def error_object(error: APIError) -> dict[str, str | None]:
@@ -44,7 +43,7 @@ def error_response(error: APIError) -> JSONResponse:
 
 
 def as_api_error(failure: Exception) -> APIError:
-    """What the client is told about any failure. One that nobody foresaw goes to the log whole and out bare."""
+    """The error to send for any failure. An unexpected one is logged in full but sent without details."""
     if isinstance(failure, APIError):
         return failure
     if isinstance(failure, InvalidJob):
@@ -61,7 +60,7 @@ def as_api_error(failure: Exception) -> APIError:
 def invalid_field(errors: Sequence[Any]) -> APIError:
     """A 400 for the first of pydantic's `errors`, naming the field as the client wrote it.
 
-    FastAPI puts the place (`query`, `path`) in front of the field's name; wire models do not.
+    FastAPI puts the location (`query`, `path`) before the field's name; wire models do not.
     """
     first = errors[0]
     names = [part for part in first["loc"] if part not in ("query", "path", "header")]
@@ -74,7 +73,7 @@ def invalid_field(errors: Sequence[Any]) -> APIError:
 
 
 def methods_of(app: FastAPI, request: Request) -> list[str]:
-    """What the path of `request` takes: each method is a route of its own, and Starlette names that of the first."""
+    """Methods that the path of `request` takes: each is a route of its own, and Starlette names only the first's."""
 
     def is_taken(method: str) -> bool:
         return any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in app.routes)
@@ -83,7 +82,7 @@ def methods_of(app: FastAPI, request: Request) -> list[str]:
 
 
 def install(app: FastAPI) -> None:
-    """Have `app` answer in the envelope whatever goes wrong inside a route, or before one is found."""
+    """Make `app` respond with the envelope to any failure inside a route, or before one is found."""
 
     async def known_failure(request: Request, failure: Exception) -> JSONResponse:
         return error_response(as_api_error(failure))

@@ -15,19 +15,19 @@ from deployments.api.error_responses import as_api_error, error_object
 from deployments.api.protocol.responses import CompletedImageEvent, PartialImageEvent
 
 Frames = AsyncGenerator[PartialImageEvent | CompletedImageEvent | str, None]
-"""Events; a text becomes a comment, which clients skip and which keeps proxies from hanging up."""
+"""Events. A string becomes a comment, which clients skip and which keeps proxies from closing the connection."""
 
 
 SILENCE_SECONDS = 15.0
-"""Without a frame for so long, a comment is sent: proxies hang up on a line that is silent for 60 s (nginx, AWS)."""
+"""After this long without a frame a comment is sent: proxies (nginx, AWS) close a connection silent for 60 s."""
 
 
 class EventStream(Response):
     """Sends one event per frame.
 
-    The status line waits for the first frame, but not for longer than a line may be silent, so that what fails at once
-    (a full queue, a job the pipeline refuses) is a plain error with its own status. What fails later becomes an `error`
-    event. The frames are closed when the client leaves.
+    The status line waits for the first frame, at most `SILENCE_SECONDS`, so that an immediate failure (a full queue, a
+    job the pipeline refuses) is a plain error with its own status. A later failure becomes an `error` event. The frames
+    are closed when the client disconnects.
     """
 
     media_type = "text/event-stream"
@@ -55,7 +55,7 @@ class EventStream(Response):
 
 
 async def _never_silent(frames: Frames) -> Frames:
-    """`frames`, with comments wherever they are long in coming."""
+    """`frames`, with comments wherever the next one takes long."""
     async with aclosing(frames):
         coming = asyncio.ensure_future(anext(frames))
         try:

@@ -1,4 +1,4 @@
-"""Probes: `/health` answers while the process lives, `/ready` when every rank does."""
+"""Probes: `/health` succeeds while the process lives, `/ready` when every rank responds."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ async def health() -> Health:
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready", responses=errors(503))
 async def ready(services: Served) -> Health:
-    """Every rank of the engine has answered just now."""
+    """Every rank of the engine has just responded."""
     await services.engine.ready()
     return Health(status="ready")

@@ -1,4 +1,4 @@
-"""`/v1/images`: pictures from prompts and from other pictures, answered at once or streamed."""
+"""`/v1/images`: images from prompts and from other images, in one response or streamed."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ async def _images(
 async def _frames(
     services: Services, submission: Submission, name: Literal["image_generation", "image_edit"]
 ) -> Frames:
-    """The job's events as a client sees them: a comment for each denoising step, so that the line is never silent."""
+    """The job's events as a client sees them; denoising steps become comments, which keep the connection alive."""
     job = submission.job
     size = f"{job.width}x{job.height}"
     async with aclosing(services.engine.generate(job, submission.media, progress=True)) as events:

@@ -1,4 +1,4 @@
-"""Input images: from the fields of a request to bytes that are known to be pictures."""
+"""Input images: from the fields of a request to bytes that are known to be images."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Upload:
 
     data: bytes
     key: str
-    """What a job names it by."""
+    """The content key by which a job refers to it."""
     size: tuple[int, int]
-    """Width and height in pixels once it is upright, as its EXIF orientation says."""
+    """Width and height in pixels, once its EXIF orientation is applied."""
 
 
 async def input_image(image: InputImage, param: str, args: ServerArgs) -> Upload:
     """The image that a request gives in `param`, whatever its declared type or name.
 
     Raises:
-        APIError: 400 for an image that is not to be had, 413 for one that is too large.
+        APIError: 400 for an image that cannot be obtained, 413 for one that is too large.
         InvalidJob: not an image, or damaged.
     """
     data = await _bytes_of(image, param, args)
@@ -43,7 +43,7 @@ async def input_image(image: InputImage, param: str, args: ServerArgs) -> Upload
 
 
 async def input_mask(mask: InputImage, image: Upload, args: ServerArgs) -> Upload:
-    """The mask of `image`. Raises as `input_image`, and `InvalidJob` when the two do not fit."""
+    """The mask of `image`. Raises as `input_image`, and `InvalidJob` if its size differs or it has no alpha channel."""
     data = await _bytes_of(mask, "mask", args)
 
     def examined() -> Upload:
@@ -71,7 +71,7 @@ async def _referenced(image: ImageReference | str, param: str, args: ServerArgs)
         case "data":
             return await asyncio.to_thread(_data_url_bytes, rest, param)
         case "http" | "https" if args.allow_remote_media:
-            from deployments.api.remote_media import fetch  # with aiohttp, 8 MB that few servers need
+            from deployments.api.remote_media import fetch  # imports aiohttp: 8 MB that few servers need
 
             return await fetch(url, param, args.max_upload_bytes)
         case "http" | "https":
@@ -84,7 +84,7 @@ def _data_url_bytes(rest: str, param: str) -> bytes:
     kind, comma, payload = rest.partition(",")
     if not comma:
         raise _refused(param, "the data: URL has no data")
-    if not kind.lower().endswith(";base64"):  # percent codes take Python 0.2 s and 25 MB for each of their megabytes
+    if not kind.lower().endswith(";base64"):  # Python decodes percent codes in 0.2 s and 25 MB per megabyte
         raise _refused(param, "the data: URL is not base64")
     try:
         return b64decode(payload, validate=True)

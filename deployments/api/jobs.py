@@ -1,4 +1,4 @@
-"""From a request to a job: every default filled in, and what the model cannot do refused by name."""
+"""From a request to a job: fills in every default, and refuses by name what the model cannot do."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ MAX_RANDOM_SEED = 2**32
 """Seeds drawn for clients stay below this, so that any JSON parser reads them exactly (doubles hold 53 bits)."""
 
 MAX_SIDE = 16_383
-"""Pixels of the longer side of an output: WebP's limit. x264 takes one more, JPEG four times as many."""
+"""Most pixels on the longer side of an output: WebP's limit. x264 takes one more, JPEG four times as many."""
 
 MAX_ASPECT_RATIO = 3.0
-"""Between the sides of an output whose size nobody chose: what OpenAI's models allow in `size`."""
+"""Limit for an output whose size the request leaves open: what OpenAI's models allow in `size`."""
 
 FAMILY_PARAMETERS = (
     "negative_prompt",
@@ -154,8 +154,7 @@ async def _submission(
 
 
 async def _adapters(wanted: GenerationRequest, services: Services) -> tuple[LoRASpec, ...]:
-    """The request's own adapters, or the default. What `set_lora` would call a wrong nickname or path is a wrong `lora`
-    here."""
+    """The request's own adapters, or the default ones. Errors that name a `set_lora` parameter name `lora` instead."""
     requests = None if wanted.lora is None else _lora_requests(wanted.lora)
     try:
         return await services.state.lora_for_job(requests)
@@ -179,16 +178,15 @@ def _abilities(card: ModelCard) -> str:
 
 
 def size_like(image: tuple[int, int], default: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """The size of an output that is to look like `image` and cost what `default` costs: width and height, multiples of
-    `multiple`, of the shape of the one and at most the area of the other.
+    """Width and height of an output in the shape of `image`, at the cost of `default`.
 
-    So do diffusers' examples of Wan image-to-video and its Qwen-Image-Edit pipeline. A side is at most
-    `MAX_ASPECT_RATIO` times the other.
+    Both are multiples of `multiple`, the area is at most that of `default`, and the aspect ratio at most
+    `MAX_ASPECT_RATIO`. Diffusers' Wan image-to-video examples and its Qwen-Image-Edit pipeline do the same.
     """
     aspect_ratio = min(max(image[0] / image[1], 1 / MAX_ASPECT_RATIO), MAX_ASPECT_RATIO)
     height = math.sqrt(default[0] * default[1] / aspect_ratio)
     width, height = (
-        # The small term: a root that should be whole may come out a hair below.
+        # The small term is for a root that should be whole but comes out slightly below.
         max(1, int(side / multiple + 1e-9)) * multiple
         for side in (height * aspect_ratio, height)
     )
@@ -196,7 +194,7 @@ def size_like(image: tuple[int, int], default: tuple[int, int], multiple: int) -
 
 
 def _frame_size(wanted: GenerationRequest, default: tuple[int, int], max_pixels: int, multiple: int) -> tuple[int, int]:
-    """Width and height. A side shorter than `multiple`, the model's own unit, costs as much as one that has it."""
+    """Width and height. A side shorter than `multiple`, the model's unit, costs as much as one of that length."""
     width, height = wanted.size or default
     width, height = wanted.width or width, wanted.height or height
     if max(width, height) > MAX_SIDE:
@@ -213,8 +211,8 @@ def _frame_size(wanted: GenerationRequest, default: tuple[int, int], max_pixels:
 def _require_tokens(
     ranks: int, wanted: GenerationRequest, family: ModelFamily, width: int, height: int, num_frames: int
 ) -> None:
-    """Each of the ranks that share the sequence needs a token of it: on an empty shard some transformers fail, and a
-    rank that fails alone breaks its gang."""
+    """Require a token for each rank that shares the sequence: some transformers fail on an empty shard, and a rank that
+    fails alone breaks its gang."""
     num_tokens = family.num_tokens(width, height, num_frames)
     if num_tokens < ranks:
         raise _refused(
@@ -244,7 +242,7 @@ def _seeds(wanted: GenerationRequest) -> tuple[int, ...]:
 def _family_parameters(
     wanted: GenerationRequest, card: ModelCard, task: Task, defaults: SamplingDefaults
 ) -> dict[str, Any]:
-    """The parameters that only some families read, each as the client set it or as the family has it by default."""
+    """The parameters that only some families read, each as set by the client or by the family's default."""
     values: dict[str, Any] = {}
     for name in FAMILY_PARAMETERS:
         value = getattr(wanted, name)
@@ -260,11 +258,13 @@ def _family_parameters(
 
 
 def require_right_to_load(caller: Caller, choices: list[str | LoRAChoice] | None, args: ServerArgs) -> None:
-    """Anybody may use what is loaded, or lies in the folder for adapters. Without such a folder a path has the server
-    read anything on its disk or the Hugging Face Hub.
+    """Require an admin for adapters given by path, unless there is a folder for adapters.
+
+    Anybody may use adapters that are loaded or in that folder. Without a folder, a path could make the server read
+    anything on its disk or the Hugging Face Hub.
 
     Raises:
-        APIError: 401 or 403; a choice has a path, and the caller is no admin.
+        APIError: 401 or 403; a choice has a path, and the caller is not an admin.
     """
     has_path = any(isinstance(choice, LoRAChoice) and choice.path is not None for choice in choices or ())
     if has_path and args.lora_dir is None:
@@ -275,7 +275,7 @@ def _lora_requests(choices: list[str | LoRAChoice]) -> list[LoRARequest]:
     named = [LoRAChoice(nickname=choice) if isinstance(choice, str) else choice for choice in choices]
     return [
         LoRARequest(
-            # Without a nickname the path is the name: equal paths are then the same adapter.
+            # Without a nickname the path is the name, so equal paths are the same adapter.
             nickname=choice.nickname or str(choice.path),
             path=choice.path,
             strength=choice.strength,

@@ -1,7 +1,7 @@
-"""`/v1/set_lora` and its kin: the adapters that jobs are given by default.
+"""`/v1/set_lora` and related routes: the adapters that jobs get by default.
 
-The routes and the shapes of their answers are SGLang's. A body is JSON whatever its Content-Type says, since curl
-calls it a form unless told.
+The routes and the shapes of their responses are SGLang's. A JSON body is read as JSON even where its Content-Type says
+urlencoded, as curl's does by default.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ async def set_lora(request: Request, services: Served) -> LoRAResponse:
     openapi_extra=request_body(MergeLoRA, JSON, required=False),
 )
 async def merge_lora_weights(request: Request, services: Served) -> LoRAResponse:
-    """Merge again what was set and then unmerged."""
+    """Merge again the adapters that were set and then unmerged."""
     wanted = MergeLoRA.parse(await read_fields(request))
     status = await services.state.merge_lora(wanted.strength, tuple(wanted.target) if wanted.target else None)
     return _responded(f"Successfully merged LoRA weights: {_composition(status.default)}", status)
@@ -61,7 +61,7 @@ async def delete_lora(nickname: str, services: Served) -> LoRAResponse:
 
 @router.get("/list_loras", responses=errors(503))
 async def list_loras(services: Served) -> LoRAList:
-    """List what is loaded, what was set, and what each engine replica has merged."""
+    """List the adapters that are loaded, those that were set, and those that each engine replica has merged."""
     return _listing(await services.state.list_loras())
 
 

@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, an answer whatever happens, and a line in the log."""
+"""Gives every request an id, a response whatever happens, and a line in the log."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from deployments.log import request_id
 logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499
-"""The status that nginx logs for a client that did not wait for its answer."""
+"""The status that nginx logs for a client that disconnects before its response."""
 
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 class RequestMiddleware:
-    """Gives the request an id (its own `x-request-id` where that is a sane one) and answers every failure."""
+    """Gives the request an id (its own `x-request-id` if well-formed) and turns every failure into a response."""
 
     def __init__(self, app: ASGIApp, *, sends_id: bool):
         self.app = app
@@ -60,7 +60,7 @@ class RequestMiddleware:
 
 
 def _log(scope: Scope, status: int, seconds: float) -> None:
-    """By the route's pattern: what a client writes into a path is its own. Nobody looks for probes that went well."""
+    """Log the route's pattern, because a path's content is the client's own. Successful probes are only for DEBUG."""
     route = getattr(scope.get("route"), "path", "an unknown route")
     is_probe = not route.startswith("/v1") and status < HTTPStatus.BAD_REQUEST
     level = logging.DEBUG if is_probe else logging.INFO

@@ -22,7 +22,7 @@ async def list_models(services: Served) -> ModelList:
 
 @router.get("/{model:path}", responses=errors(404, 503))
 async def get_model(model: str, services: Served) -> ModelObject:
-    """Describe the served model. Its id may hold slashes."""
+    """Describe the served model. Its id may contain slashes."""
     card = await services.engine.card()
     if model != card.id:
         raise APIError(404, f"The model '{model}' does not exist", param="model", code="model_not_found")
@@ -47,7 +47,7 @@ def _object(card: ModelCard) -> ModelObject:
 
 
 def task_types(tasks: set[Task]) -> list[str]:
-    """SGLang's names for what a model does, the main one first: videos before pictures."""
+    """SGLang's names for what a model does, the main one first: videos before images."""
     types = []
     for text, image, target in (
         (Task.TEXT_TO_VIDEO, Task.IMAGE_TO_VIDEO, "V"),

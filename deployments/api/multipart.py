@@ -1,8 +1,8 @@
 """Parts of a `multipart/form-data` body, counted as they arrive and kept in memory.
 
-Starlette's own form parser spools files of any size to disk before anybody can object; a part here is refused the
-moment it grows past its limit. File names and content types that clients send are not looked at: they range from
-`blob` to the full path on the client's disk. Only an empty name counts, of an empty file: none was chosen.
+Starlette's own form parser spools files of any size to disk before anybody can object; here a part is refused as soon
+as it exceeds its limit. Clients' content types and file names, which range from `blob` to the full path on the client's
+disk, are ignored. Only an empty name of an empty file counts: no file was chosen.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_PARTS = 256
 async def read_multipart(
     chunks: AsyncIterator[bytes], content_type: str, *, max_part_bytes: int
 ) -> list[tuple[str, str | bytes]]:
-    """The parts in the order of the body: text for plain fields, bytes for files.
+    """The parts in body order: text for plain fields, bytes for files.
 
     Raises:
         APIError: 400 for a body that is broken or cut short, 413 naming the part that exceeds `max_part_bytes`.
@@ -58,7 +58,7 @@ def _broken(reason: str) -> APIError:
 
 
 class _Form:
-    """Collects what the parser calls out. Slices `data[start:end]` belong to the element that began last."""
+    """Receives the parser's callbacks. Each slice `data[start:end]` belongs to the element that began last."""
 
     def __init__(self, max_part_bytes: int):
         self.parts: list[tuple[str, str | bytes]] = []
@@ -108,7 +108,7 @@ class _Form:
 
 
 def too_large(name: str, limit: int) -> APIError:
-    """A 413 for the field `name`, as the client wrote it but for the brackets of a list."""
+    """A 413 for the field `name`, as the client wrote it but without brackets."""
     param = name.partition("[")[0]
     message = f"'{param}' is larger than {limit / 10**6:g} MB"
     return APIError(413, message, param=param, code="file_too_large")

@@ -32,17 +32,17 @@ def request_body(model: type[WireRequest], *encodings: str, required: bool = Tru
 
 
 def event_stream() -> dict[str, Any]:
-    """What a streamed picture's answer is, beside the plain one."""
+    """`content` of a streamed image response, beside the plain one."""
     return {"text/event-stream": {"schema": {"anyOf": [{"$ref": _REF.format(model=e.__name__)} for e in _EVENTS]}}}
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route that may fail with these statuses, each in the one envelope."""
+    """`responses` of a route that may fail with these statuses, each in the same envelope."""
     return {status: {"model": ErrorResponse} for status in statuses}
 
 
 def files(*media_types: str) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route that answers with a file, whole or a part of it."""
+    """`responses` of a route that returns a file, whole or in part."""
     content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in media_types}
     return {
         200: {"description": "The file", "content": content},
@@ -52,7 +52,7 @@ def files(*media_types: str) -> dict[int | str, dict[str, Any]]:
 
 
 def install(app: FastAPI) -> None:
-    """Let `app` serve its document, with the schemas of all request bodies among the components."""
+    """Make `app` serve its document, with the schemas of all request bodies among the components."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -64,7 +64,7 @@ def install(app: FastAPI) -> None:
                 ref_template=_REF,
             )
             app.openapi_schema["components"]["schemas"].update(definitions["$defs"])
-            # FastAPI describes its own 422 wherever a route has parameters; the envelope's 400 is what is sent.
+            # FastAPI documents its own 422 wherever a route has parameters; the server sends the envelope's 400.
             for path in app.openapi_schema["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)

@@ -1,8 +1,8 @@
-"""Pictures that lie elsewhere, fetched without letting a client reach what only this server can reach.
+"""Fetches remote images without letting a client reach what only this server can reach.
 
-A URL names a host, a host resolves to addresses, an answer redirects to a further URL: what is decided about any of
-them may no longer be true when the connection is made. So nothing is decided about them. The address is looked at
-where a socket is made for it, and it is this socket that connects.
+A URL names a host, a host resolves to addresses, and a response may redirect to another URL: a check of any of these
+may no longer hold when the connection is made. So none is checked in advance. The address is checked where a socket is
+created for it, and that same socket connects.
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ from deployments.errors import APIError
 HEADERS = {"User-Agent": "ditserve", "Accept": "image/png, image/webp, image/jpeg", "Accept-Encoding": "identity"}
 
 TIMEOUT_S = 20.0
-"""For one picture, from the look-up of its host to its last byte. 50 MB take 4 s at 100 Mbit/s."""
+"""For one image, from the DNS lookup to the last byte. 50 MB take 4 s at 100 Mbit/s."""
 
 MAX_REDIRECTS = 3
 
 _GLOBAL_UNICAST = IPv6Network("2000::/3")
-"""All IPv6 addresses given out so far. Outside of it lie those that stand for IPv4 addresses (mapped, NAT64)."""
+"""All IPv6 addresses allocated so far. Those that stand for IPv4 addresses (mapped, NAT64) are outside it."""
 
 
 async def fetch(url: str, param: str, max_bytes: int) -> bytes:
-    """What an http(s) URL from a client gives.
+    """The bytes at an http(s) URL from a client.
 
     Raises:
-        APIError: 400 naming `param` for what cannot be fetched, or not from a public address; 413 for more than
-            `max_bytes`.
+        APIError: 400 naming `param` if they cannot be fetched from a public address; 413 for more than `max_bytes`.
     """
     connector = TCPConnector(socket_factory=_public_socket)
-    # Nothing of this server's is sent along: no proxy's or .netrc's credentials, no cookies of an earlier answer.
+    # Nothing of this server's own is sent: no credentials of a proxy or .netrc, no cookies of an earlier response.
     session = ClientSession(
         connector=connector,
         cookie_jar=DummyCookieJar(),
@@ -56,14 +55,14 @@ async def fetch(url: str, param: str, max_bytes: int) -> bytes:
             return bytes(data)
     except TimeoutError:
         raise _refused(param, f"its URL did not give it within {TIMEOUT_S:g} s") from None
-    # ValueError: a URL or a redirect that cannot be read.
+    # ValueError: a URL or a redirect that cannot be parsed.
     except (aiohttp.ClientError, OSError, ValueError):
         raise _refused(param, "its URL cannot be fetched from a public address") from None
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one that anybody on the internet reaches: not private, link-local (where clouds keep
-    credentials), loopback, reserved or multicast, nor one of these in the dress of another."""
+    """Whether anybody on the internet can reach this IP address: it is not private, link-local (where clouds keep
+    credentials), loopback, reserved or multicast, nor an IPv6 form that may embed such an address."""
     ip = ip_address(address.partition("%")[0])
     if not ip.is_global or ip.is_multicast:
         return False

@@ -1,4 +1,4 @@
-"""What every route works with, given to it by FastAPI."""
+"""What every route works with, as a FastAPI dependency."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Services:
 
 
 async def _services(request: Request) -> Services:
-    """A coroutine, as every dependency here: FastAPI runs plain functions in a thread, which took 0.7 of the 7 ms of
-    CPU that a `GET /v1/videos` takes of its ingress."""
+    """A coroutine, like every dependency here: FastAPI runs plain functions in a thread, which took 0.7 of the 7 ms of
+    CPU that a `GET /v1/videos` costs its ingress."""
     services: Services = request.app.state.services
     return services
 
 
 Served = Annotated[Services, Depends(_services)]
-"""The type of a route's parameter that receives the `Services` of its app."""
+"""Annotation of the route parameter that receives the `Services` of its app."""

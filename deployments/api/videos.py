@@ -1,4 +1,4 @@
-"""`/v1/videos`: clips as jobs that are created, watched, downloaded and deleted."""
+"""`/v1/videos`: videos as jobs that are created, polled, downloaded and deleted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from deployments.interfaces import Variant, Video
 router = APIRouter(prefix="/v1/videos", tags=["Videos"])
 
 POLL_AFTER_MS = 1000
-"""What clients that wait for an unfinished video are told; OpenAI's own SDKs take 1 s unless told."""
+"""Poll interval suggested to clients while a video is unfinished; OpenAI's own SDKs use 1 s by default."""
 
 
 @router.post(
@@ -69,7 +69,7 @@ async def list_videos(
 
 @router.get("/{video_id}", responses=errors(404))
 async def get_video(video_id: str, services: Served, caller: Known, response: Response) -> VideoObject:
-    """Tell how far a video is."""
+    """Report the status and progress of a video."""
     video = await services.state.get_video(video_id, caller.tenant)
     if not video.finished:
         response.headers["openai-poll-after-ms"] = str(POLL_AFTER_MS)
@@ -78,7 +78,7 @@ async def get_video(video_id: str, services: Served, caller: Known, response: Re
 
 @router.post("/{video_id}/cancel", responses=errors(404))
 async def cancel_video(video_id: str, services: Served, caller: Known) -> VideoObject:
-    """Stop making a video, within a denoising step. It stays listed, as failed with the error code `cancelled`; a
+    """Stop making a video, within a denoising step. It stays listed as failed, with the error code `cancelled`; a
     finished one stays as it is."""
     return _object(await services.state.cancel_video(video_id, caller.tenant))
 

@@ -1,1 +1,1 @@
-"""The wire models: what clients send (`requests`) and what they get (`answers`)."""
+"""The wire models: what clients send (`requests`, `lora`) and what they get (`responses`)."""

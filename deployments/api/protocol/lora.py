@@ -32,7 +32,7 @@ class MergeLoRA(LoRATargets):
 
 
 class SetLoRA(WireRequest):
-    """Body of `POST /v1/set_lora`. Lists make one composition, merged as a unit."""
+    """Body of `POST /v1/set_lora`. Lists form one composition, merged as a unit."""
 
     lora_nickname: Names = Field(description="Name of the adapter, or a list of names.")
     lora_path: Annotated[list[str | None], BeforeValidator(listed)] | None = Field(
@@ -51,7 +51,7 @@ class SetLoRA(WireRequest):
     )
 
     def adapters(self) -> list[LoRARequest]:
-        """One per nickname. A single strength or target holds for all; a single adapter may have several targets.
+        """One per nickname. A single strength or target applies to all; a single adapter may have several targets.
 
         Raises:
             APIError: 400 for a list that does not have one entry per nickname.

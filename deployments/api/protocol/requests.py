@@ -1,8 +1,8 @@
-"""Wire models of requests: OpenAI's parameters and, beside them, SGLang's for diffusion.
+"""Wire models of requests: OpenAI's parameters, and SGLang's for diffusion.
 
-Whatever encoding a request came in, its fields arrive here as one dictionary (see `body.py`), so that every field takes
-its text form too: `"4"` for 4, `"true"`, JSON text for structures. `null` means the default. Unknown fields are let
-through unread: clients send OpenAI's `quality`, `style`, `user`, `background` or `moderation` to every server.
+Whatever a request's encoding, its fields arrive here as one dictionary (see `body.py`), so every field also takes its
+text form: `"4"` for 4, `"true"`, JSON text for structures. `null` means the default. Unknown fields are ignored:
+clients send OpenAI's `quality`, `style`, `user`, `background` or `moderation` to every server.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _no_bool(value: Any) -> Any:
 
 
 def json_text(value: Any) -> Any:
-    """Structures stand in form fields as JSON text."""
+    """Form fields hold structures as JSON text."""
     return from_json(value) if isinstance(value, str) and value.lstrip().startswith(("{", "[")) else value
 
 
@@ -73,7 +73,7 @@ Size = Annotated[
 
 
 class ImageReference(BaseModel):
-    """An image by value, where a file upload is not at hand."""
+    """An image by URL, in place of a file upload."""
 
     image_url: str | None = Field(
         None, description="A `data:` URL; one of http(s) where the server was started with `--allow-remote-media`."
@@ -86,7 +86,7 @@ InputImage = Annotated[bytes | ImageReference | str, BeforeValidator(json_text)]
 
 
 class LoRAChoice(BaseModel):
-    """One adapter of a request's own."""
+    """One of a request's own adapters."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -118,8 +118,8 @@ class WireRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _absent_fields(cls, fields: Any) -> Any:
-        """Null, and outside of prompts the empty text of a form, mean the default. The SDKs spread `extra_body` over
-        the request themselves; a client that sends it as a field means the same."""
+        """Drop nulls and, except in prompts, empty strings of forms: both mean the default. Spread `extra_body` over
+        the request, as the SDKs do themselves, when a client sends it as a field."""
         try:
             extra = json_text(fields.get("extra_body"))
         except ValueError as error:
@@ -134,7 +134,7 @@ class WireRequest(BaseModel):
 
 
 class GenerationRequest(WireRequest):
-    """What pictures and clips have in common."""
+    """What image and video requests have in common."""
 
     prompt: str = Field(max_length=MAX_PROMPT_LENGTH, description="What to generate.")
     model: str | None = Field(None, description="Any name: the server has one model, and responds with its id.")

@@ -1,7 +1,7 @@
-"""Wire models of answers. Fields that OpenAI's have not are marked as extensions; every client lets them pass.
+"""Wire models of responses. Fields that OpenAI's lack are marked as extensions; every client accepts them.
 
-OpenAI's schema wants absent keys where a picture has nothing to say, and nulls where a video has not: pictures are
-therefore dumped with `exclude_none`, videos whole.
+For an empty field, OpenAI's schema wants an absent key in images and a null in videos. Images are therefore dumped with
+`exclude_none`, videos in full.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ErrorObject(WireResponse):
 
 
 class ErrorResponse(WireResponse):
-    """Every answer with a status of 400 and above."""
+    """Every response with a status of 400 or above."""
 
     error: ErrorObject
     detail: str = Field(description="The message again, where clients of FastAPI servers look for it.")
@@ -61,7 +61,7 @@ class Usage(WireResponse):
 
 
 class ImageEvent(WireResponse):
-    """What the two events of a picture's stream have in common."""
+    """What the two events of an image stream have in common."""
 
     b64_json: str
     background: Literal["opaque"] = "opaque"
@@ -161,7 +161,7 @@ class LoadedAdapter(WireResponse):
 
 
 class ActiveAdapters(WireResponse):
-    """The composition on one transformer; `nickname`, `path` and `strength` join or take the first of several."""
+    """The composition on one transformer. `nickname` and `path` join those of all adapters, `strength` is the first."""
 
     nickname: str
     nicknames: list[str]
@@ -181,11 +181,11 @@ class LoRAList(WireResponse):
         description="Extension: what is merged into the weights of each engine replica right now."
     )
     num_bytes_held: dict[str, int]
-    """By replica: host memory with which each rank keeps the original weights, to restore them bit for bit."""
+    """By replica: host memory in which each rank keeps the original weights, to restore them bit for bit."""
 
 
 class LoRAResponse(LoRAList):
-    """Answer of the routes that change adapters: SGLang's two fields, then how things stand now."""
+    """Response of the routes that change adapters: SGLang's two fields, then the current state."""
 
     status: Literal["ok"] = "ok"
     message: str
