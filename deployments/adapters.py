@@ -1,6 +1,6 @@
 """Adapters by nickname: what is loaded, from which file, and where its factors are. No torch.
 
-What of this new jobs get by default is the matter of `deployments.default_lora`.
+`deployments.default_lora` decides which of them new jobs get by default.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class LoadedAdapter:
 
     identity: str
     factors: Any
-    """What `Engine` is to be given to merge it. Opaque here: `lora.factors.Factors.to_bytes()` in the object store."""
+    """What the engine needs to merge it. Opaque here: `lora.factors.Factors.to_bytes()` in the object store."""
     rank: int
     num_bytes: int
     transformers: tuple[str, ...] = ("transformer",)
@@ -34,17 +34,17 @@ class LoadedAdapter:
 
 
 class AdapterLoader(Protocol):
-    """Reads adapters where the model is. Both raise `APIError` 400 (code `invalid_lora`) for one that can't be used."""
+    """Reads adapters where the model is. Both raise `APIError` 400 (code `invalid_lora`) for an unusable adapter."""
 
     async def identify_lora(self, path: str) -> str:
-        """The identity of what lies there now, without loading it."""
+        """The identity of the adapter now at `path`, without loading it."""
 
     async def load_lora(self, path: str) -> LoadedAdapter: ...
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What stays known of an adapter when its factors are evicted."""
+    """What is kept about an adapter after its factors are evicted."""
 
     path: str
     identity: str
@@ -68,23 +68,23 @@ class AdapterRegistry:
         self._loader = loader
         self._cache: LRUCache[str, LoadedAdapter] = LRUCache(cache_bytes, lambda loaded: loaded.num_bytes)
         self._adapters: dict[str, Adapter] = {}
-        """By identity. An adapter outlives its nickname: accepted jobs name it by identity."""
+        """By identity. An adapter outlives its nickname, because accepted jobs refer to it by identity."""
         self._nicknames: dict[str, Named] = {}
         self._loading = asyncio.Lock()
-        """One load at a time: whoever waited finds the adapter in the cache."""
+        """One load at a time: a caller that waited for the same adapter finds it cached."""
         self.changes = 0
-        """How often something that belongs into a snapshot has changed."""
+        """Number of changes to anything that belongs in a snapshot."""
 
-    # From what a client names to what a job carries.
+    # From a client's request to a job's adapters.
 
     async def for_job(self, requests: Sequence[LoRARequest]) -> tuple[LoRASpec, ...]:
-        """The adapters that a job names for itself, loaded if need be.
+        """The adapters that a job itself requests, loaded if necessary.
 
-        A nickname alone means the weights that were loaded under it.
+        A nickname without a path means the weights that were loaded under it.
 
         Raises:
-            APIError: 404 for an unknown nickname without a path; 409 for a known one with another path; 400 for a bad
-                adapter.
+            APIError: 404 for an unknown nickname without a path; 409 for a known one with a different path; 400 for a
+                bad adapter.
         """
         self.demand_distinct(requests)
         specs = []
@@ -99,7 +99,7 @@ class AdapterRegistry:
         return tuple(specs)
 
     async def find(self, request: LoRARequest) -> Named:
-        """What lies at the request's path now, or at its nickname's; loaded unless the cache has just that.
+        """The adapter now at the request's path, or at its nickname's path; loaded unless that very one is cached.
 
         Raises:
             APIError: 404 for an unknown nickname without a path; 400 for a bad adapter.
@@ -119,8 +119,8 @@ class AdapterRegistry:
         """The factors of an adapter, loaded again if they were evicted.
 
         Raises:
-            APIError: 404 for an identity that was never loaded; 409 when its file has changed since; 400 when it is
-                gone.
+            APIError: 404 for an identity that was never loaded; 409 when its file has changed since; 400 when the file
+                is gone.
         """
         cached = self._cache.get(identity)
         if cached is not None:
@@ -151,7 +151,7 @@ class AdapterRegistry:
     # Nicknames.
 
     def name(self, named: Mapping[str, Named]) -> None:
-        """Let nicknames stand for these from now on."""
+        """Make nicknames stand for these from now on."""
         if not named.items() <= self._nicknames.items():
             self._nicknames |= named
             self.changes += 1
@@ -160,7 +160,7 @@ class AdapterRegistry:
         return self._nicknames.get(nickname)
 
     def forget(self, nickname: str) -> None:
-        """Free a nickname, and its factors unless another stands for the same. Raises `APIError` 404."""
+        """Free a nickname, and its factors unless another nickname uses them. Raises `APIError` 404."""
         if nickname not in self._nicknames:
             raise unknown(nickname)
         identity = self._nicknames.pop(nickname).identity
@@ -178,7 +178,7 @@ class AdapterRegistry:
             )
 
     def demand_same_path(self, request: LoRARequest) -> None:
-        """Refuse with `APIError` 409 to point a nickname that is in use elsewhere."""
+        """Raises `APIError` 409 for a nickname that is in use with a different path."""
         named = self._nicknames.get(request.nickname)
         if named is not None and request.path not in (None, named.path):
             raise APIError(
@@ -189,11 +189,11 @@ class AdapterRegistry:
                 code="lora_nickname_in_use",
             )
 
-    # What is known of the loaded ones.
+    # What is known about loaded adapters.
 
     @property
     def loaded(self) -> tuple[LoadedLoRA, ...]:
-        """Every nickname with what it stands for, whether the factors are in the cache or would be loaded again."""
+        """Every nickname with its adapter, whether or not the factors are still cached."""
         known = [(nickname, named, self._adapters[named.identity]) for nickname, named in self._nicknames.items()]
         return tuple(LoadedLoRA(nickname, named.path, a.num_bytes, a.rank) for nickname, named, a in known)
 
@@ -203,7 +203,7 @@ class AdapterRegistry:
         return has if ALL in spec.target else tuple(name for name in has if name in spec.target)
 
     def ignored_targets(self, spec: LoRASpec) -> list[str]:
-        """For the client: the targets that come to nothing."""
+        """Notes for the client about targets that have no effect."""
         has = self._adapters[spec.identity].transformers
         return [
             f"target '{target}' is ignored: there is only {', '.join(has)}"
@@ -212,14 +212,14 @@ class AdapterRegistry:
         ]
 
     def pin(self, composition: Composition) -> None:
-        """Keep exactly these in the cache, whatever the budget."""
+        """Exempt exactly these from eviction, whatever the budget."""
         self._cache.pin({spec.identity for spec in composition})
 
     # What survives a restart.
 
     def snapshot(self, in_use: Collection[str]) -> dict[str, Any]:
-        """All but the factors themselves, as JSON: the nicknames and the adapters that one of them or `in_use` (the
-        identities that jobs and compositions name) means. Others are forgotten with this process."""
+        """All but the factors themselves, as JSON: the nicknames, and the adapters that a nickname or `in_use` (the
+        identities in jobs and compositions) refers to. Other adapters are forgotten with this process."""
         in_use = {*in_use, *(named.identity for named in self._nicknames.values())}
         return {
             "adapters": [asdict(adapter) for identity, adapter in self._adapters.items() if identity in in_use],
@@ -227,7 +227,7 @@ class AdapterRegistry:
         }
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
-        """Take up where `snapshot` left off; factors are loaded when they are asked for."""
+        """Restore what `snapshot` returned; factors are loaded on demand."""
         adapters = [Adapter(**{**a, "transformers": tuple(a["transformers"])}) for a in snapshot["adapters"]]
         self._adapters = {adapter.identity: adapter for adapter in adapters}
         self._nicknames = {nickname: Named(**named) for nickname, named in snapshot["nicknames"].items()}

@@ -1,7 +1,7 @@
 """`build(args)`: the whole graph in one place. The command line, `serve run` and KubeRay all start from here."""
 
-# Without `from __future__ import annotations`: Serve validates the YAML's `args` as what `build`'s parameter is
-# annotated with, if that is a class and not its name.
+# No `from __future__ import annotations` here: Serve validates the YAML's `args` against the annotation of `build`'s
+# parameter only if that is a class, not its name.
 
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,8 @@ ENGINE_CPUS = 0.1
 """CPUs the engine replica reserves: it only waits for its ranks."""
 
 DRAIN_SECONDS = 10.0
-"""How long a replica that is being replaced may take to finish its job; a cluster's YAML sets its own. A video whose
-replica goes is computed again by the next one."""
+"""How long a replica that is being replaced may take to finish its job; a cluster's YAML sets its own value. A video
+that loses its replica is computed again by the next one."""
 
 
 class Ingress:
@@ -46,7 +46,7 @@ class Ingress:
 def build(args: ServerArgs) -> Application:
     """The Serve application: Ingress -> Engine (`dp_size` replicas), and the state actor beside them.
 
-    API keys end here: the rest of the server is given their digests.
+    API keys go no further: the rest of the server sees only their digests.
     """
     keyring = Keyring.read(args)
     args = settle(args)
@@ -57,7 +57,7 @@ def build(args: ServerArgs) -> Application:
 
 
 def settle(args: ServerArgs) -> ServerArgs:
-    """Decide what depends on this cluster: the device, and where relative paths start. API keys are left out."""
+    """Resolve what depends on this cluster: the device, and relative paths. API keys are removed."""
     device = args.device
     if device == "auto":
         device = "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
@@ -66,7 +66,7 @@ def settle(args: ServerArgs) -> ServerArgs:
 
 
 def _local_paths(args: ServerArgs) -> dict[str, str]:
-    """The arguments that name something in the local file system. A repo id or a URL stays as it is."""
+    """The arguments that name something in the local file system, which a repo id or a URL does not."""
     paths = {"state_path": args.state_path}
     if "://" not in args.output_path:
         paths["output_path"] = args.output_path
@@ -78,8 +78,8 @@ def _local_paths(args: ServerArgs) -> dict[str, str]:
 
 
 def ingress_options() -> dict[str, Any]:
-    """Serve options of the Ingress: one replica on each node that there is now, for only a node with a replica has a
-    proxy. It reserves no CPU: a node that is full of ranks has one too."""
+    """Serve options of the Ingress: one replica on each node now alive, because only nodes with a replica have a proxy.
+    It reserves no CPU, so that a node full of ranks has one too."""
     return {
         "num_replicas": sum(node["Alive"] for node in ray.nodes()),
         "max_replicas_per_node": 1,
@@ -96,7 +96,7 @@ def engine_options(args: ServerArgs) -> dict[str, Any]:
     bundles[0]["CPU"] += ENGINE_CPUS
     return {
         "num_replicas": args.dp_size,
-        # All that may wait here (pictures of its own, and every video), and what is asked besides.
+        # Everything that may wait here (this replica's images, and every video), plus other calls.
         "max_ongoing_requests": 2 * args.max_queue + 100,
         "ray_actor_options": {"num_cpus": ENGINE_CPUS},
         "placement_group_bundles": bundles,
@@ -105,6 +105,6 @@ def engine_options(args: ServerArgs) -> dict[str, Any]:
         "health_check_period_s": 2,
         "health_check_timeout_s": 30,
         "graceful_shutdown_timeout_s": DRAIN_SECONDS,
-        # The reason a model cannot be loaded does not go away by trying again.
+        # Retrying does not remove the reason why a model cannot be loaded.
         "max_constructor_retry_count": 1,
     }

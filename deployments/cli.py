@@ -25,11 +25,11 @@ from deployments.preconditions import StartFailed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and give its exit status: 0 done, 1 failed, 2 wrongly called."""
+    """Run a command and return its exit status: 0 done, 1 failed, 2 called wrongly."""
     parser = argparse.ArgumentParser(prog="ditserve", description=__doc__)
     parser.add_argument("--version", action="version", version=f"ditserve {version('ditserve')}")
     commands = parser.add_subparsers(dest="command", required=True)
-    # No flag may be abbreviated: a misspelt one would be taken for another.
+    # Flags may not be abbreviated: a misspelt flag would be taken for another.
     settings: dict[str, Any] = {"formatter_class": _Formatter, "allow_abbrev": False}
     serve = commands.add_parser("serve", help="start the server", **settings)
     add_flags(serve)
@@ -80,7 +80,7 @@ def add_flags(parser: argparse.ArgumentParser, only: Sequence[str] | None = None
 
 
 def _reading(info: FieldInfo) -> dict[str, Any]:
-    """How argparse reads a field. A truth value is a bare `--flag`, or `--flag true|false` as in SGLang; a flag with
+    """How argparse reads a field. A boolean is a bare `--flag`, or `--flag true|false` as in SGLang; a flag with
     several values is repeated."""
     kinds = [kind for kind in get_args(info.annotation) if kind is not type(None)]
     if get_origin(info.annotation) is tuple:
@@ -100,7 +100,7 @@ def _truth(text: str) -> bool:
 
 
 def _flag_errors(error: ValidationError) -> str:
-    """Pydantic's findings in the words of the command line."""
+    """Pydantic's errors in terms of the command line."""
     return "; ".join(
         f"--{str(found['loc'][0]).replace('_', '-')}: {found['msg']}" if found["loc"] else str(found["ctx"]["error"])
         for found in error.errors()
@@ -116,7 +116,7 @@ def _serve(print_config: bool, **flags: Any) -> int:
 
     def request_stop(signum: int, frame: FrameType | None) -> None:
         if stop.is_set() and signum != signal.SIGINT:
-            return  # `timeout` sends SIGTERM twice, to the process and to its group; a second Ctrl-C is in a hurry
+            return  # `timeout` sends SIGTERM twice, to the process and to its group; a second Ctrl-C means hurry
         interrupt = stop.is_set() or not ready
         stop.set()
         if interrupt:
@@ -139,7 +139,7 @@ def _serve(print_config: bool, **flags: Any) -> int:
 
 
 def ready_line(args: ServerArgs) -> str:
-    """Where to reach the server, and what computes there; `args.device` is decided."""
+    """Where to reach the server, and what it computes on; `args.device` must be resolved."""
     kind, transport = ("GPU", "NCCL") if args.device == "cuda" else ("CPU rank", "gloo")
     ranks = f"1 {kind}" if args.num_gpus == 1 else f"{args.num_gpus} {kind}s over {transport}"
     return f"ditserve is ready on {ranks}: http://{args.host}:{args.port}/v1 (API page: /docs)"
@@ -154,8 +154,8 @@ def _generate(output_path: Path, image_path: list[Path], **flags: Any) -> int:
 
 
 def serve_config(args: ServerArgs) -> str:
-    """The YAML with which `serve run` gives the same server."""
-    # What Ray and Serve are started with stands outside of the application's arguments, or in `ray start`.
+    """The YAML with which `serve run` starts the same server."""
+    # Settings of Ray and Serve themselves go outside the application's arguments, or to `ray start`.
     set_args = args.model_dump(mode="json", exclude_defaults=True, exclude={"host", "port", "metrics_port"})
     config = {
         "proxy_location": "HeadOnly",

@@ -24,19 +24,19 @@ from deployments.losses import PROCESS_LOST, cause
 from pipelines.job import Event, Job, Media
 
 PATIENCE_SECONDS = 5.0
-"""How long a question to the engine may wait before it counts as not ready. OpenAI's client gives up connecting
-after 5 s, so an answer must come by then."""
+"""How long a call to the engine may wait before the engine counts as not ready. OpenAI's client gives up connecting
+after 5 s, so a response must be sent by then."""
 
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Raise what the other process raised, and 503 when the process is gone, or what it gave, or the deployment."""
+    """Raise what the other process raised, or 503 when that process, an object it owned or the deployment is gone."""
     try:
         yield
     except RayTaskError as error:
         raise cause(error) from None
     except (RayServeException, ObjectLostError, *PROCESS_LOST) as error:
-        if isinstance(error, RayServeException):  # the application is gone, and a new one would not be found
+        if isinstance(error, RayServeException):  # the application is gone; this client would not find a new one
             _engine_client.cache_clear()
         raise APIError(
             503, "A part of the server is restarting; try again.", code="restarting", headers={"Retry-After": "2"}
@@ -47,7 +47,7 @@ class EngineClient:
     """`interfaces.Engine` over the Engine deployment's handle."""
 
     def __init__(self, handle: DeploymentHandle, asker: str = ""):
-        """`asker` tells this process from an earlier one that asked for the same videos."""
+        """`asker` distinguishes this process from an earlier one that requested the same videos."""
         self._asker = asker
         self._handle = handle
         self._streaming = handle.options(stream=True)
@@ -62,8 +62,8 @@ class EngineClient:
         await self._soon(self._handle.ready.remote())
 
     async def generate(self, job: Job, media: Media, *, progress: bool) -> AsyncGenerator[Event, None]:
-        """Should the engine's replica die, a picture is computed once more by the next one, and its steps are told
-        again. For a video that is up to the state actor, which counts its attempts."""
+        """If the engine replica dies, the next one computes an image once more and reports its steps again. For a video
+        this is up to the state actor, which counts its attempts."""
         retried = False
         with _plain_errors():
             while True:
@@ -84,7 +84,7 @@ class EngineClient:
             return await self._handle.identify_lora.remote(path)
 
     async def load_lora(self, path: str) -> LoadedAdapter:
-        """The factors become this process's own in the object store, so that they outlive the rank that read them."""
+        """This process becomes the factors' owner in the object store, so that they outlive the rank that read them."""
         with _plain_errors():
             loaded = await self._handle.load_lora.remote(path)
             factors = await loaded.factors
@@ -99,10 +99,10 @@ class EngineClient:
 
 
 def connect_engine() -> EngineClient:
-    """The engine of the running application, for who is not part of its graph.
+    """The engine of the running application, for callers outside its Serve graph.
 
     Raises:
-        APIError: 503; there is none yet.
+        APIError: 503; there is no engine yet.
     """
     try:
         return _engine_client()
@@ -120,7 +120,7 @@ class StateClient:
     """`interfaces.State` over the state actor's handle: every method is the actor's method of that name."""
 
     def __init__(self, find: Callable[[], ActorHandle]):
-        """`find` gives the actor, and makes one where there is none."""
+        """`find` returns the actor, and creates one if there is none."""
         self._find = find
         self._actor: ActorHandle | None = find()
 
@@ -132,7 +132,7 @@ class StateClient:
                 try:
                     return await getattr(self._actor, name).remote(*args, **kwargs)
                 except PROCESS_LOST:
-                    self._actor = None  # it may be gone for good, and another one found by the next call
+                    self._actor = None  # it may be gone for good; the next call finds another one
                     raise
 
         return call

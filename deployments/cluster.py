@@ -22,66 +22,67 @@ from deployments.errors import APIError
 from deployments.preconditions import StartFailed, demand_no_serve, demand_port, demand_resources, demand_state
 
 APPLICATION = "ditserve"
-"""Name of the Serve application, by which the state actor finds the engine: there is one on a cluster."""
+"""Name of the Serve application, by which the state actor finds the engine. A cluster has only one."""
 
 PROXY_ENVIRONMENT = {
-    # HAProxy in front of the replicas: 0.9 ms a request against 3.9 ms through Serve's Python proxy.
+    # HAProxy in front of the replicas: 0.9 ms per request instead of 3.9 ms through Serve's Python proxy.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    # Serve lets HAProxy 2.8 splice request bodies. After that HAProxy no longer reads from the client, and a plain call
-    # goes on for one who has left: 36 of 40 leaves of an httpx client, which sends a body apart from its headers, went
-    # unnoticed, 0 of 40 without splicing (which costs 0.6 ms of CPU per uploaded MB). Serve has no setting for it, but
-    # copies the name of the balancing algorithm, by default `leastconn`, to the last line of HAProxy's `defaults`.
+    # Serve lets HAProxy 2.8 splice request bodies. HAProxy then no longer reads from the client, and a plain call
+    # continues after its client disconnects: 36 of 40 disconnects of an httpx client, which sends a body apart from its
+    # headers, went unnoticed; without splicing, 0 of 40 (at a cost of 0.6 ms of CPU per uploaded MB). Serve has no
+    # setting for this, but copies the name of the balancing algorithm, by default `leastconn`, to the last line of
+    # HAProxy's `defaults`.
     "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "leastconn\nno option splice-request",
-    # A proxy that died is replaced after three failed checks: in 3 s, where Serve takes 30.
+    # A dead proxy is replaced after three failed checks: in 3 s instead of Serve's 30.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-    # The replicas' own ports: Serve's default range starts at 30000, which is this server's.
+    # The replicas' own ports: Serve's default range starts at 30000, which is this server's port.
     "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": "31100",
     "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": "31200",
-    # By default an HAProxy ingress drains for 30 s and more before it stops.
+    # By default an HAProxy ingress drains for at least 30 s before it stops.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
 }
 
 
 FRUGAL_ENVIRONMENT = {
-    # No workers in reserve, and no record of every call for a dashboard that is not there (0.04 of a core when idle).
+    # No workers in reserve, and no record of every call for a dashboard that does not run (0.04 of a core when idle).
     "RAY_prestart_worker_first_driver": "0",
     "RAY_task_events_report_interval_ms": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Serve's controller looks around 4 times a second, not 10: 0.03 of a core less when idle, and no later start.
+    # Serve's controller loops 4 times a second, not 10: 0.03 of a core less when idle, and no slower startup.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
-    # No statistics of Ray's event loops, which each process updates 100 times a second for its debug log, and gauges of
-    # the node every 30 s, not every 5: 0.02 of a core less when idle on four ranks (0.195 against 0.22).
+    # No statistics of Ray's event loops, which each process updates 100 times a second for its debug log, and node
+    # gauges every 30 s, not every 5: 0.02 of a core less when idle on four ranks (0.195 instead of 0.22).
     "RAY_event_stats": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "30000",
 }
-"""What Ray and Serve read when their processes start, unless the user has set it."""
+"""Variables that Ray and Serve read when their processes start. The user's own values take precedence."""
 
 AUTHENTICATION = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
-"""How to speak to a cluster, where the user has settled it. Else one that is started here has a token of its own: Ray
-would write one to the home folder, which containers may not have, and warn of it."""
+"""Variables with which a user configures authentication to a cluster. If none is set, a cluster started here gets its
+own token: Ray would write one to the home folder, which containers may not have, and warn about it."""
 
 UNUSED_RAY_PROCESSES = ("api_server", "monitor", "log_monitor")
-"""What Ray starts beside its core with every cluster, and has no setting for: the dashboard (also where none is wanted,
-for usage statistics), the autoscaler of a cluster that has one machine, and what copies the logs of workers to a driver
-that does not want them. They take 180 MB and 4 s of CPU at each start: 8 s instead of 14 on two busy cores."""
+"""Processes that Ray starts with every cluster and has no setting to omit: the dashboard (even when disabled, for usage
+statistics), the autoscaler of a one-machine cluster, and the one that copies worker logs to a driver that does not want
+them. They take 180 MB, and 4 s of CPU per start: without them a start takes 8 s instead of 14 on two busy cores."""
 
 PRIVATE_PORTS = range(20000, 30000)
-"""Where a server's private ports are chosen from. Systems give those above (Linux: from 32768) to outgoing connections,
-so that one found free might be taken when HAProxy comes to listen on it; Ray's workers have those below."""
+"""A server's private ports are chosen from these. Systems give higher ports (Linux: from 32768) to outgoing
+connections, so one found free might be taken by the time HAProxy listens on it; Ray's workers use lower ones."""
 
 
 @contextmanager
 def served(args: ServerArgs) -> Iterator[ServerArgs]:
-    """Deploy the application of `args` on the cluster at `RAY_ADDRESS`, or on one started here; undo it at the end.
+    """Deploy the application of `args` on the cluster at `RAY_ADDRESS`, or on one started here; undo that on exit.
 
-    Gives the arguments with what was decided on that cluster: the device.
+    Yields the arguments as settled for that cluster, with the device resolved.
 
     Raises:
         StartFailed: a precondition does not hold, or the model cannot be loaded.
     """
     demand_port(args.host, args.port)
     joined = bool(os.environ.get("RAY_ADDRESS"))
-    if not joined:  # else both are on the head node, and the state actor finds out
+    if not joined:  # else state and outputs are on the head node, and the state actor checks them
         demand_state(args)
     with (
         tempfile.TemporaryDirectory(prefix="ditserve-") as folder,
@@ -94,7 +95,7 @@ def served(args: ServerArgs) -> Iterator[ServerArgs]:
 
 @contextmanager
 def _ray(args: ServerArgs, environment: Mapping[str, str], joined: bool) -> Iterator[None]:
-    """Ray and Serve, of a cluster that was joined or of one that is started here with no more than is needed."""
+    """Run Ray and Serve: join a cluster, or start one here with no more than is needed."""
     os.environ.update(environment)
     for name, value in FRUGAL_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -106,7 +107,7 @@ def _ray(args: ServerArgs, environment: Mapping[str, str], joined: bool) -> Iter
 
     _start_less_of_ray()
     local_cluster = {
-        "address": "local",  # else Ray joins one that `ray start` has left on this machine
+        "address": "local",  # else Ray joins a cluster that `ray start` has left on this machine
         "num_cpus": _cpus_to_offer(args),
         "include_dashboard": False,
         "_metrics_export_port": args.metrics_port,
@@ -114,9 +115,9 @@ def _ray(args: ServerArgs, environment: Mapping[str, str], joined: bool) -> Iter
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(log_to_driver=False, logging_level="warning", **({} if joined else local_cluster))
-    except Exception as error:  # Ray raises just that when a machine is too busy to start it within 30 s
+    except Exception as error:  # Ray raises a bare Exception when the machine is too busy to start it within 30 s
         raise StartFailed(f"Ray did not start: {error}") from error
-    for number, handler in handlers.items():  # Ray has put its own in their place
+    for number, handler in handlers.items():  # Ray has replaced them with its own
         signal.signal(number, handler)
     try:
         if joined:
@@ -125,7 +126,7 @@ def _ray(args: ServerArgs, environment: Mapping[str, str], joined: bool) -> Iter
             proxy_location="EveryNode" if joined else "HeadOnly",
             http_options=http_options(args),
             logging_config=logging_config(args),
-            # A cluster started here has inherited it, and saves the 2 s that Ray takes to make runtime environments.
+            # A cluster started here inherits it, which saves the 2 s that Ray takes to create runtime environments.
             controller_options={"runtime_env": {"env_vars": dict(environment)}} if joined else None,
         )
         yield
@@ -135,9 +136,9 @@ def _ray(args: ServerArgs, environment: Mapping[str, str], joined: bool) -> Iter
 
 @contextmanager
 def _without_orphans(folder: str) -> Iterator[None]:
-    """End, at the end, what still runs with files in `folder`: HAProxy, which would keep the port. A process of Ray's
-    has started it, and is gone before it can end it where a signal goes to the whole process group, as `timeout` and
-    supervisors send it."""
+    """On exit, kill what still runs with files in `folder`: HAProxy, which would keep the port. The Ray process that
+    started it dies before it can stop it when a signal goes to the whole process group, as `timeout` and supervisors
+    send it."""
     try:
         yield
     finally:
@@ -149,7 +150,7 @@ def _without_orphans(folder: str) -> Iterator[None]:
 
 @contextmanager
 def _application(args: ServerArgs, joined: bool) -> Iterator[ServerArgs]:
-    """The application, deployed and with the adapter of its start merged. A cluster that stays is left as it was."""
+    """Deploy the application and merge its startup adapter. On exit, a joined cluster is left as it was found."""
     import ray
     from ray import serve
 
@@ -169,57 +170,57 @@ def _application(args: ServerArgs, joined: bool) -> Iterator[ServerArgs]:
         except RuntimeError as error:
             deployments = serve.status().applications[APPLICATION].deployments.values()
             raise StartFailed(_reason([str(error), *(deployment.message for deployment in deployments)])) from None
-        except APIError as error:  # of Ray's making: its text is a traceback
+        except APIError as error:  # raised by Ray's own subclass, whose text is a traceback
             raise StartFailed(str(cause(error))) from None
-        except PROCESS_LOST as error:  # the state actor can't live with its files
+        except PROCESS_LOST as error:  # the state actor cannot work with its files
             raise StartFailed(_reason([str(error)])) from None
         yield settled
 
 
 def _take_down() -> None:
-    """The application, and the Serve that was started for it unless others use it now."""
+    """Delete the application, and shut down the Serve started for it unless others use it now."""
     from ray import serve
 
     from deployments.state_actor import forget_state_actor
 
-    forget_state_actor()  # it would ask for its videos again, and find no engine for them
+    forget_state_actor()  # else it would request its videos again, and find no engine for them
     serve.delete(APPLICATION)
-    forget_state_actor()  # a replica may have found it gone, and made another one
+    forget_state_actor()  # a replica may have found it gone, and created another one
     if not serve.status().applications:
         serve.shutdown()
 
 
 def _start_less_of_ray() -> None:
-    """Have Ray leave out what it has no setting for."""
+    """Keep Ray from starting what it has no setting to omit."""
     from ray._private.node import Node
     from ray._private.parameter import RayParams
 
-    # Serve announces itself in three lines; the command line has one of its own.
+    # Serve announces itself in three lines; the command line prints one of its own.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     for process in UNUSED_RAY_PROCESSES:
         setattr(Node, f"start_{process}", _start_nothing)
-    # Any free port for the agent on each node, whose own is 52365: Ray tries that for 3 s where it is taken, as it is
+    # Any free port for each node's agent. Its default is 52365, which Ray retries for 3 s when it is taken, as it is
     # beside another server.
     RayParams.__init__ = partialmethod(RayParams.__init__, dashboard_agent_listen_port=0)
 
 
 def _start_nothing(node: object, **settings: object) -> None:
-    """In place of a method of Ray's `Node`."""
+    """Replaces a method of Ray's `Node`."""
 
 
 def http_options(args: ServerArgs) -> dict[str, Any]:
-    """Where Serve's proxies listen. A picture may take minutes: no request is ended for its time."""
+    """Where Serve's proxies listen. An image may take minutes, so requests have no timeout."""
     return {"host": args.host, "port": args.port, "keep_alive_timeout_s": 90}
 
 
 def logging_config(args: ServerArgs) -> dict[str, Any]:
-    """How Serve's own processes log. The ingress has a log of requests of its own."""
+    """How Serve's own processes log. The ingress logs requests itself."""
     return {"log_level": args.log_level.upper(), "encoding": args.log_format.upper(), "enable_access_log": False}
 
 
 def private_proxy_environment(folder: str) -> dict[str, str]:
-    """`PROXY_ENVIRONMENT` for a server that shares its machine with others: all ports but the public one are chosen
-    free, and HAProxy's files go to `folder`."""
+    """`PROXY_ENVIRONMENT` for a server that shares its machine with others: three ports are chosen free, the replicas'
+    range depends on the process id, and HAProxy's files go to `folder`."""
     stats, metrics, fallback = free_ports(3)
     first_replica_port = 30100 + os.getpid() % 250 * 10
     return {
@@ -238,7 +239,7 @@ def private_proxy_environment(folder: str) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, and that the system gives to nobody by itself."""
+    """Ports that nobody listens on, and that the system does not assign by itself."""
     return list(islice(filter(_is_free, random.sample(PRIVATE_PORTS, len(PRIVATE_PORTS))), count))
 
 
@@ -252,11 +253,11 @@ def _is_free(port: int) -> bool:
 
 
 def _cpus_to_offer(args: ServerArgs) -> int:
-    """Logical CPUs of a cluster started here: the machine's, or more where the ranks ask for more."""
+    """Logical CPUs of a cluster started here: the machine's, or more if the ranks request more."""
     return max(os.cpu_count() or 1, 2 + round(args.num_gpus * args.num_cpus_per_rank + args.dp_size))
 
 
 def _reason(reports: list[str]) -> str:
-    """The line that names the exception, in Serve's reports of a failed start: a traceback leads to it."""
+    """The line that names the exception in Serve's reports of a failed start, where it ends a traceback."""
     lines = [line.strip() for report in reports for line in report.splitlines() if line.strip()]
     return next((line for line in reversed(lines) if "Error: " in line), lines[0])

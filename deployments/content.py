@@ -27,7 +27,7 @@ _VARIANTS: Mapping[Variant, tuple[str, str]] = {
 
 
 def input_key(video_id: str, content_key: str) -> str:
-    """Inputs are kept per job, not shared by content: no job has to know of another to delete its own."""
+    """Inputs are kept per job, not shared by content, so that a job can delete its own without knowing of others."""
     return f"inputs/{video_id}-{content_key}"
 
 
@@ -60,13 +60,13 @@ class ContentStore:
         self._storage = storage
 
     def sweep(self) -> None:
-        """Delete what interrupted writes and deletes left, and measure what an older server wrote without doing so.
-        Only while nothing is being written."""
+        """Delete what interrupted writes and deletes left behind, and record the sizes of files for which an older
+        server did not. Call it only while nothing is being written."""
         self._jobs.forget(self._delete(self._jobs.unowned()))
         self._jobs.reserve({key: self._num_bytes(key) for key in self._jobs.unmeasured()})
 
     async def write(self, files: Mapping[str, bytes]) -> None:
-        """Write all of the files, or none if it fails or is cancelled. They then wait for a record to own them."""
+        """Write all of the files, or none if that fails or is cancelled. No record owns them yet."""
         self._jobs.reserve({key: len(data) for key, data in files.items()})
         try:
             for key, data in files.items():
@@ -114,7 +114,7 @@ class ContentStore:
             return 0
 
     def _delete(self, keys: Collection[str]) -> list[str]:
-        """Delete files, and return the keys of those that are gone: the others are tried again at the next start."""
+        """Delete files, and return the keys of those that are gone; the others are retried at the next startup."""
         deleted = []
         for key in keys:
             try:
@@ -126,7 +126,7 @@ class ContentStore:
 
 
 async def _finished(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call a blocking function in a thread. A cancellation waits for its end, for a thread cannot be stopped."""
+    """Call a blocking function in a thread. Cancellation waits for it to return, because a thread cannot be stopped."""
     call = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
     try:
         return await asyncio.shield(call)

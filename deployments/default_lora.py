@@ -1,7 +1,7 @@
 """The composition that new jobs get by default, and the rules for changing it. No torch.
 
-A job carries its adapters in itself, so nothing here decides what an accepted job computes. `set_lora` and the like
-change the default of new jobs, once every replica has it in its weights.
+A job carries its own adapters, so nothing here changes what an accepted job computes. `set_lora` and the like change
+the default for new jobs, once every replica has merged it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class DefaultLoRA:
-    """What was set, whether it is merged, and its way to the replicas. Changes come one at a time."""
+    """What was set, whether it is merged, and how it reaches the replicas. Changes run one at a time."""
 
     def __init__(
         self,
@@ -43,13 +43,12 @@ class DefaultLoRA:
     async def set_lora(self, requests: Sequence[LoRARequest]) -> LoRAStatus:
         """Load a composition, merge it on every replica and make it the default; see `State.set_lora`.
 
-        The composition that is merged already may be set again, with other strengths and targets too: it is the same
-        adapters.
+        Adapters that are already merged may be set again, also with other strengths and targets.
 
         Raises:
             APIError: 404 for an unknown nickname without a path; 409 while other adapters are merged, or when a
                 nickname stands for another path; 400 for a bad adapter; 500 when a replica fails to merge. What was
-                merged before is merged still.
+                merged before stays merged.
         """
         async with self._changing:
             self._adapters.demand_distinct(requests)
@@ -75,7 +74,7 @@ class DefaultLoRA:
             )
 
     async def merge_lora(self, strength: float | None = None, target: tuple[str, ...] | None = None) -> LoRAStatus:
-        """Make what was set last the default again, as it was set save for what is given here.
+        """Make the composition set last the default again, unchanged except for what is given here.
 
         Raises:
             APIError: 400 when nothing has been set; 500 when a replica fails to merge.
@@ -91,14 +90,14 @@ class DefaultLoRA:
             return self.status()
 
     async def unmerge_lora(self, target: tuple[str, ...] | None = None) -> LoRAStatus:
-        """Give new jobs the base model, or, with `target`, take the adapters out of those transformers alone."""
+        """Give new jobs the base model or, with `target`, remove the adapters from those transformers only."""
         async with self._changing:
             taken = {ALL} if target is None else {*target}
             await self._merge(() if ALL in taken else tuple(self._without(taken)))
             return self.status()
 
     def _without(self, transformers: set[str]) -> list[LoRASpec]:
-        """The default without its part in these transformers. A spec that has none there stays as it is, so that
+        """The default without its part in these transformers. A spec with no part in them stays as it is, so that
         unmerging what is not there changes nothing."""
         kept = []
         for spec in self.composition:
@@ -148,7 +147,7 @@ class DefaultLoRA:
 
     @property
     def num_replicas(self) -> int:
-        """That asked lately."""
+        """How many replicas polled recently."""
         return len(self._propagation.replicas)
 
     async def watch_default(self, replica_id: str, known_version: int | None) -> tuple[int, Composition]:
@@ -165,7 +164,7 @@ class DefaultLoRA:
 
     @property
     def identities(self) -> set[str]:
-        """Of the adapters that are merged or can be merged again."""
+        """Identities of the adapters that are merged or can be merged again."""
         return {spec.identity for spec in (*self._set, *self.composition)}
 
     def snapshot(self) -> dict[str, Any]:
@@ -176,18 +175,18 @@ class DefaultLoRA:
         }
 
     async def restore(self, snapshot: Mapping[str, Any]) -> None:
-        """Take up where `snapshot` left off. The registry has been restored before."""
+        """Restore what `snapshot` returned. The registry must be restored first."""
         self._set = tuple(LoRASpec.model_validate(spec) for spec in snapshot["set"])
         self.composition = tuple(LoRASpec.model_validate(spec) for spec in snapshot["default"])
         self._adapters.pin(self.composition)
         await self._propagation.publish(self.composition)
 
     async def reload(self) -> None:
-        """Take the adapters from their files as they are now, since what was read before a restart is no longer held.
-        Where one cannot be read all stay as they are, and the jobs that are given it fail.
+        """Read the adapters from their files as they are now, since what was read before a restart is no longer held.
+        If one cannot be read, all stay as they are, and jobs that get it fail.
 
         Raises:
-            APIError: 503; no engine reads adapters yet.
+            APIError: 503; no engine can read adapters yet.
         """
         async with self._changing:
             try:
@@ -206,7 +205,7 @@ class DefaultLoRA:
     # Rules and their execution.
 
     def _demand_free(self, requests: Sequence[LoRARequest]) -> None:
-        """Refuse to replace merged adapters by others, unless switching is automatic."""
+        """Refuse to replace merged adapters with others, unless switching is automatic."""
         if self._switch == "auto" or not self.composition:
             return
         if {request.nickname for request in requests} != _names(self.composition):
@@ -223,7 +222,7 @@ class DefaultLoRA:
         )
 
     async def _merge(self, composition: Composition) -> None:
-        """Have every replica merge it, then give it to new jobs; on failure everything is as it was."""
+        """Have every replica merge the composition, then make it the default; on failure restore the previous one."""
         previous = self.composition
         if composition == previous:
             return
@@ -246,7 +245,7 @@ class DefaultLoRA:
 
 
 def _renewed(composition: Composition, now: Mapping[str, Named]) -> Composition:
-    """The composition with what its nicknames stand for now."""
+    """The composition with the adapters that its nicknames stand for now."""
     return tuple(spec.model_copy(update={"identity": now[spec.nickname].identity}) for spec in composition)
 
 

@@ -33,7 +33,7 @@ from pipelines.job import Event, InvalidJob, Job, Media, Progress, Result
 logger = logging.getLogger(__name__)
 
 IMAGE_RETRIES = 1
-"""A picture whose gang broke is computed once more on the rebuilt gang, then failed: its client waits. A video has
+"""An image whose gang broke is computed once more on the rebuilt gang, then fails: its client is waiting. A video has
 `max_retries`."""
 
 
@@ -83,20 +83,20 @@ class Engine:
                 raise RuntimeError(f"the engine cannot go on: {task.exception()!r}")
 
     async def generate(self, job: Job, media: Media, progress: bool, asker: str = "") -> AsyncIterator[Event]:
-        """Queue `job` and give its events: with `progress`, one when it begins, one per denoising step; last its
-        `Result`. Closing the iterator abandons the job.
+        """Queue `job` and yield its events: with `progress`, one when it begins and those of its denoising steps; last
+        its `Result`. Closing the iterator abandons the job.
 
-        Whoever asks for a job again (the state actor, after a crash) takes it over from whoever asked before. It asks
-        for all its videos, each of any replica: so those that another `asker` left here are nobody's.
+        A repeated request for a job (by the state actor, after a crash) takes it over from the earlier one. All videos
+        are then requested again, each from any replica, so nobody waits for those of another `asker` here.
 
         Raises:
-            APIError: 429, no further picture may wait; 504, its time is up; 500, it failed.
+            APIError: 429, too many images wait; 504, its time is up; 500, it failed.
             InvalidJob: the pipeline refused it.
         """
         for older in [*self.schedule, *([self.running] if self.running else [])]:
             is_left = job.task.is_video and older.is_video and older.asker != asker
             if older.job.id == job.id or is_left:
-                # Should anybody still listen there: a call without an end would keep this replica from draining.
+                # The error ends a call that may still be open: it would keep this replica from draining.
                 self._abandon(older, "left", APIError(409, "The job was asked for again", code="taken_over"))
         ticket = Ticket(job, media, progress, asker)
         await self._enqueue(ticket)
@@ -131,7 +131,7 @@ class Engine:
 
     @contextmanager
     def _time_limit(self, ticket: Ticket, seconds: float | None) -> Iterator[None]:
-        """Fail a job that is not through the body in time, and free the ranks within a step. None: no limit."""
+        """Fail a job that does not leave the `with` body in time, and free the ranks within a step. None: no limit."""
 
         def expire() -> None:
             self._abandon(ticket, "timeout", too_late())
@@ -144,7 +144,7 @@ class Engine:
                 timer.cancel()
 
     def _abandon(self, ticket: Ticket, outcome: Outcome = "left", error: Exception | None = None) -> None:
-        """Nobody waits for the job any more: it leaves the queue, or stops at its current step."""
+        """End a job early: it leaves the queue, or stops at its current step."""
         if ticket.ended:
             return
         self._end(ticket, outcome, error)
@@ -170,7 +170,7 @@ class Engine:
             async with self._schedule_changed:
                 await self._schedule_changed.wait_for(lambda: len(self.schedule))
             async with self._gang_in_use:
-                if len(self.schedule):  # else abandoned while the adapter changed
+                if len(self.schedule):  # else the job was abandoned while the adapter changed
                     ticket = self.running = self.schedule.take(self.gang.composition)
                     self.metrics.queue(self.schedule, ticket)
                     await self._turn_or_fail(ticket)
@@ -178,7 +178,7 @@ class Engine:
                     self.metrics.queue(self.schedule, None)
 
     async def _turn_or_fail(self, ticket: Ticket) -> None:
-        """Give a job its turn, and its error to whoever waits for it."""
+        """Give a job its turn, and report its error to whoever waits for it."""
         try:
             with log.about(ticket.job.id):
                 await self._turn(ticket)
@@ -189,7 +189,7 @@ class Engine:
                 self.schedule.give_back(ticket)
                 self.metrics.preemptions.inc()
         except Stopped:
-            if not ticket.ended:  # by an order that was meant for an earlier asking of the same job, and came late
+            if not ticket.ended:  # by a late order that was meant for an earlier request for the same job
                 self.schedule.put_back(ticket)
         except Exception as error:
             if not ticket.ended:
@@ -198,10 +198,10 @@ class Engine:
                 self.gang.discard(ticket.job.id)
 
     async def _turn(self, ticket: Ticket) -> None:
-        """Run a job until it ends or gives way, again from its first step if the gang breaks under it.
+        """Run a job until it ends or gives way; restart it from its first step if the gang breaks under it.
 
         Raises:
-            Suspended: it gave way to a picture.
+            Suspended: it gave way to an image or to a new default adapter.
             Stopped: nobody waits for it any more.
             InvalidJob: the pipeline refuses the job.
             APIError: 500; it failed on the ranks, or broke the gang too often.
@@ -229,7 +229,7 @@ class Engine:
                 self.metrics.retries.inc()
 
     async def _compute(self, ticket: Ticket) -> None:
-        """One turn on a whole gang: the job's events, as `Gang.run` gives them."""
+        """One turn on an intact gang: pass on the job's events as `Gang.run` yields them."""
         started = time.monotonic()
         steps = ticket.job.num_inference_steps * len(ticket.job.seeds)
         if ticket.progress and not ticket.begun:
@@ -269,7 +269,7 @@ class Engine:
                     await self._rebuild()
 
     async def _rebuild(self) -> None:
-        """Replace all ranks. Jobs that had given way begin again at their first step."""
+        """Replace all ranks. Suspended jobs restart from their first step."""
         for ticket in self.schedule:
             ticket.suspended = False
         self.metrics.rebuilds.inc()
@@ -284,14 +284,14 @@ class Engine:
         self.metrics.lora_swaps.inc()
 
     async def _follow_default_adapter(self) -> None:
-        """Merge each new default adapter as soon as the running job is done, and tell the state actor.
+        """Merge each new default adapter as soon as the running job ends or gives way, and report to the state actor.
 
-        A job would merge what it needs anyway; this makes `set_lora` fail early and the next job start at once.
+        A job would merge what it needs anyway, but this way `set_lora` fails early and the next job starts at once.
         """
         while True:
             try:
                 await follow(self.state, self.replica_id, self._merge_default)
-            except APIError as error:  # the state actor restarts; it then tells us where it stands
+            except APIError as error:  # the state actor is restarting; `follow` then asks it afresh
                 logger.info("the state actor does not answer: %s", error)
                 await asyncio.sleep(1)
 

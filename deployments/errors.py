@@ -1,4 +1,4 @@
-"""`APIError`: a failure that a client is told about, raised anywhere in the server, rendered by the ingress."""
+"""`APIError`: a failure reported to the client, raised anywhere in the server, rendered by the ingress."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class APIError(Exception):
 
     @property
     def type(self) -> str:
-        """OpenAI's error type. LiteLLM maps a body that says `invalid_request_error` to a 400 whatever its status,
-        so only client errors that are 400-like carry it."""
+        """OpenAI's error type. LiteLLM maps a body that says `invalid_request_error` to a 400 whatever the status, so
+        only 400-like client errors carry it."""
         if self.status >= 500:
             return "server_error"
         return {

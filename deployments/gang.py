@@ -27,18 +27,18 @@ from pipelines.reasons import first_line
 logger = logging.getLogger(__name__)
 
 AGREEMENT_SECONDS = 10.0
-"""How long the other ranks get to end a job after one of them has. They leave the same step together; longer means
-that one of them is stuck in a collective whose peers have gone."""
+"""How long the other ranks get to end a job after one has. They leave the same step together; taking longer means that
+a rank is stuck in a collective whose peers are gone."""
 
 PING_SECONDS = 2.0
-"""Between two looks at whether a rank hangs; a look at four of them takes 3 ms. A death is noticed at once."""
+"""Interval between checks for a hung rank; checking four ranks takes 3 ms. A death is noticed at once."""
 
 HANG_SECONDS = 15.0
-"""How long a rank may leave a ping unanswered: a process that is stopped, or a machine that is gone. A thread of its
-own answers, so a rank that computes is not late; one beside 30 busy processes on two cores is, by a second or two."""
+"""How long a rank may leave a ping unanswered before its process counts as stopped, or its machine as gone. A dedicated
+thread answers, so a computing rank is not late; beside 30 busy processes on two cores it is late by a second or two."""
 
 ROOM_SECONDS = 2.0
-"""Between two looks at whether the cluster has room for the ranks of a node that was lost."""
+"""Interval between checks whether the cluster has room for the ranks of a lost node."""
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ class GangBroken(Exception):
     """A rank died, hung, or left the others: all of them must be replaced."""
 
     def __init__(self, message: str, failure: TooLarge | None = None):
-        """`failure` is what the job did to one of them, if it would do it to the next as well."""
+        """`failure` is the job's own error on one of them, if it would fail the same way on the next gang."""
         super().__init__(message)
         self.failure = failure
 
@@ -72,7 +72,7 @@ class Gang:
 
         Raises:
             ValueError: the model cannot be loaded or sharded; the message is for the user.
-            GangBroken: a rank was lost while loading, or failed as it may not the next time (no memory, say).
+            GangBroken: a rank was lost while loading, or failed in a way that a retry may fix (no memory, say).
         """
         places = await self._bundles_by_node()
         nodes = [node for _, node in places]
@@ -95,8 +95,8 @@ class Gang:
         return cards[0]
 
     async def _watch_ranks(self) -> None:
-        """Look at the ranks until one is lost. Raises `GangBroken`."""
-        await self._answers()  # their processes start, which may take any time
+        """Watch the ranks until one is lost. Raises `GangBroken`."""
+        await self._answers()  # their processes are starting, which may take any time
         vigils = [asyncio.ensure_future(_result(rank.keep_vigil.remote())) for rank in self.ranks]
         try:
             while True:
@@ -109,7 +109,7 @@ class Gang:
                 vigil.cancel()
 
     async def _unless_lost(self, work: Awaitable[T]) -> T:
-        """What `work` gives, or `GangBroken` as soon as a rank is lost: those that wait for it would wait for long."""
+        """The result of `work`, or `GangBroken` as soon as a rank is lost: ranks that wait for it may wait for long."""
         task = asyncio.ensure_future(work)
         await asyncio.wait((task, self._watch), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -128,7 +128,7 @@ class Gang:
     async def _bundles_by_node(self) -> list[tuple[int, str]]:
         """Bundle indices with their nodes, ranks of one node next to each other (Ulysses neighbours exchange most).
 
-        Bundles of a node that is lost have none until another has room for them, which may take any time.
+        Bundles of a lost node have no node until another has room for them, which may take any time.
         """
         while (table := placement_group_table(self.placement_group))["state"] != "CREATED":
             logger.warning("waiting for a node with room for the ranks of one that was lost")
@@ -147,7 +147,7 @@ class Gang:
         return ray.remote(**options)(Rank).remote(self.args, rank, ranks_on_node)
 
     async def run(self, job: Job, media: Media, progress: bool) -> AsyncIterator[Event]:
-        """Run `job` on every rank, or go on with it if it was suspended, and give rank 0's events.
+        """Run `job` on every rank, or resume it if it was suspended, and yield rank 0's events.
 
         Raises:
             Stopped: `stop` was called.
@@ -177,7 +177,7 @@ class Gang:
                 follower.cancel()
 
     async def _unless_left(self, work: Awaitable[T], followers: Sequence[asyncio.Future[Any]]) -> T:
-        """What rank 0 gives next, or `GangBroken` when another rank is lost or has failed alone."""
+        """Rank 0's next event, or `GangBroken` when another rank is lost or has failed alone."""
         arriving = asyncio.ensure_future(work)
         try:
             while not arriving.done():
@@ -199,7 +199,7 @@ class Gang:
             arriving.cancel()
 
     async def _all_end(self, followers: Sequence[asyncio.Future[Any]], error: Exception | None = None) -> None:
-        """Return once the other ranks have ended the job, as rank 0 has, with `error` or well. Raises `GangBroken`."""
+        """Return once the other ranks have ended the job too; `error` is rank 0's, if any. Raises `GangBroken`."""
         if not followers:
             return
         _, pending = await asyncio.wait(followers, timeout=AGREEMENT_SECONDS)
@@ -215,19 +215,19 @@ class Gang:
         self._order(self.ranks[:1], "stop", job_id)
 
     def suspend(self, job_id: str) -> None:
-        """Put the running job aside after its current step; `run` then raises `Suspended`, and called again goes on."""
+        """Put the running job aside after its current step; `run` then raises `Suspended`, and later resumes it."""
         self._order(self.ranks[:1], "suspend", job_id)
 
     def discard(self, job_id: str) -> None:
-        """Forget a suspended job. What runs next comes after it: calls of one caller arrive in order."""
+        """Forget a suspended job. This precedes whatever runs next, since calls from one caller arrive in order."""
         self._order(self.ranks, "discard", job_id)
 
     def _order(self, ranks: Sequence[Any], order: str, job_id: str) -> None:
-        """Tell these ranks. While the gang waits for new ones it has none, and there is nothing to tell.
+        """Send an order to these ranks. A gang that is being rebuilt has none yet, and nothing to order.
 
-        In the gang's own context and not in that of the request that ends here. Ray cancels with a request whatever was
-        called in its context: under load 46 of 60 orders that a cancelled request gave were lost, and the ranks
-        computed on for nobody."""
+        The call is made in the gang's own context, not that of the request that ends here. Together with a request, Ray
+        cancels whatever was called in its context: under load, 46 of 60 orders given by a cancelled request were lost,
+        and the ranks kept computing for nobody."""
         for rank in ranks:
             self._context.run(getattr(rank, order).remote, job_id)
 
@@ -235,12 +235,12 @@ class Gang:
         """Merge `composition` into the weights of every rank, or of none.
 
         Args:
-            factors: what `load_lora` gave, by identity. They stay in the object store, where every rank reads them.
+            factors: what `load_lora` returned, by identity. They stay in the object store, where every rank reads them.
 
         Raises:
-            ValueError: an adapter does not fit; what was merged before still is.
-            APIError: 503; the factors went with the process that owned them; what was merged before still is.
-            GangBroken: the ranks no longer agree, or can't say what their weights are.
+            ValueError: an adapter does not fit; what was merged before stays merged.
+            APIError: 503; the factors are gone with the process that owned them; what was merged before stays merged.
+            GangBroken: the ranks no longer agree, or no longer know their weights.
             Exception: whatever else failed on every rank (no memory, say); nothing is merged now.
         """
         merging = [_result(rank.merge.remote(composition, dict(factors))) for rank in self.ranks]
@@ -261,15 +261,15 @@ class Gang:
         raise failure
 
     async def identify_lora(self, path: str) -> str:
-        """What lies at `path` on rank 0's node. Raises `ValueError` when it is no adapter."""
+        """Identity of the adapter at `path` on rank 0's node. Raises `ValueError` when there is none."""
         return await self._of_leader("identify_lora", path)
 
     async def load_lora(self, path: str) -> LoadedAdapter:
-        """Read an adapter on rank 0, beside the running job. Raises `ValueError` when it does not fit the model."""
+        """Read an adapter on rank 0, even while a job runs. Raises `ValueError` when it does not fit the model."""
         return await self._of_leader("load_lora", path)
 
     async def lora_bytes_held(self) -> int:
-        """Host memory with which rank 0, and every other rank, keeps the original weights of what is merged."""
+        """Bytes of host memory in which rank 0, like every other rank, keeps the original weights of merged layers."""
         return await self._of_leader("lora_bytes_held")
 
     async def _of_leader(self, question: str, *args: str) -> Any:
@@ -277,7 +277,7 @@ class Gang:
             return await _result(getattr(self.ranks[0], question).remote(*args))
 
     async def ready(self) -> None:
-        """Return once every rank has answered. Raises `APIError` 503 while the gang is being rebuilt, or has to be."""
+        """Return once every rank has answered. Raises `APIError` 503 while the gang is broken or being rebuilt."""
         with self._told_if_not_ready():
             await self.ping()
 
@@ -304,7 +304,7 @@ class Gang:
             raise GangBroken(f"a rank is stuck: {stalled}") from None
 
     def kill(self) -> None:
-        """End every rank at once."""
+        """Kill every rank at once."""
         self.loaded = False
         self._watch.cancel()
         for rank in self.ranks:
@@ -317,7 +317,7 @@ def _too_large(error: BaseException | None) -> TooLarge | None:
 
 
 async def _result(reference: Any) -> Any:
-    """The value of an object reference, or of the reference that an awaitable gives.
+    """The value of an object reference, or of the reference that an awaitable returns.
 
     Raises:
         GangBroken: the rank's process is gone.

@@ -1,4 +1,4 @@
-"""`ditserve generate`: one request, answered in this process, without Ray or a server."""
+"""`ditserve generate`: one request, computed in this process, without Ray or a server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipelines.load import Model
 
 CLIP_FIELDS = ("seconds", "num_frames", "fps")
-"""Request fields that only clips have."""
+"""Request fields that only videos have."""
 
 SAMPLING_FIELDS = (
     "prompt",
@@ -46,7 +46,7 @@ SAMPLING_FIELDS = (
     "strength",
     *CLIP_FIELDS,
 )
-"""Request fields that are flags of the command, in the words of the API."""
+"""Request fields that are flags of the command, named as in the API."""
 
 MODEL_FIELDS = (
     "model_path",
@@ -84,22 +84,22 @@ class OneRank:
                 yield event
 
     async def lora_for_job(self, requests: Sequence[LoRARequest] | None) -> tuple[LoRASpec, ...]:
-        """The adapter of the command line, if any, is in the weights already."""
+        """None: the adapter from the command line, if any, is already merged."""
         return ()
 
 
 def generate_files(
     args: ServerArgs, output_path: Path, image_paths: Sequence[Path], fields: Mapping[str, str]
 ) -> list[Path]:
-    """Generate what `fields` ask for, in the words of the API, and give the files written.
+    """Generate what `fields`, named as in the API, ask for, and return the files written.
 
     Args:
-        output_path: a file, whose suffix says whether a picture or a clip is wanted; or a folder, which gets a clip
-            of a model that makes clips and a picture of any other.
+        output_path: a file, whose suffix decides between an image and a video; or a folder, which gets a video from a
+            model that makes videos, and an image from any other.
         image_paths: input images.
 
     Raises:
-        APIError, InvalidJob, ValueError: the request, an adapter or the model will not do; the message says why.
+        APIError, InvalidJob, ValueError: the request, an adapter or the model is unusable; the message says why.
     """
     suffix = output_path.suffix.lower()
     if suffix not in ("", ".mp4", *IMAGE_FORMATS):
@@ -132,7 +132,7 @@ def load(args: ServerArgs) -> Model:
 
 
 def _request(image_format: str | None, images: list[bytes], fields: Mapping[str, str]) -> VideoRequest | ImageRequest:
-    """What the API would be sent for a picture, or without a format for a clip. Raises `APIError` for a wrong field."""
+    """The API request for an image, or without a format for a video. Raises `APIError` for a wrong field."""
     if image_format is None:
         if len(images) > 1:
             raise APIError(400, "A video starts from one image", param="image_path")
@@ -163,7 +163,7 @@ async def _with_progress_bar(rank: OneRank, submission: Submission) -> Result:
 
 
 def _write(output_path: Path, job: Job, result: Result) -> list[Path]:
-    """One file per output; several of one name are numbered."""
+    """Write one file per output, numbered if there are several."""
     if not output_path.suffix:
         output_path = output_path / f"{job.id}.{job.output_format}"
     output_path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The HTTP application: every route over the engine and the state actor, in one envelope of ids and errors."""
+"""The HTTP application: every route over the engine and the state actor, with request ids and errors in one form."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ NOT_OFFERED = (
     "/v1/videos/characters",
     "/v1/videos/{video_id}/remix",
 )
-"""What OpenAI has beyond this server. Its clients retry a 501, so they are told 404."""
+"""OpenAI's routes that this server lacks. OpenAI's clients retry a 501, so they get a 404."""
 
 
 def create_app(
     args: ServerArgs, engine: Engine, state: State, keyring: Keyring = OPEN, *, sends_request_id: bool = True
 ) -> FastAPI:
-    """The application as an ASGI callable. It keeps nothing of its own between requests.
+    """The application as an ASGI callable. It keeps no state between requests.
 
     Args:
-        sends_request_id: whether the application puts `x-request-id` on its answers. Ray Serve gives every request an
-            id before it arrives here and adds that to the answer itself; a second header would be joined to the first.
+        sends_request_id: whether the application puts `x-request-id` on its responses. Ray Serve gives every request an
+            id before it arrives here and adds it to the response itself; a second header would be joined to the first.
     """
     app = FastAPIOffline(
         title="ditserve",

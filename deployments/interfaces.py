@@ -1,4 +1,4 @@
-"""What the HTTP API needs of the rest of the server, as two protocols and the values that cross them.
+"""What the HTTP API needs from the rest of the server, as two protocols and the values that cross them.
 
 The engine computes jobs; the state actor remembers videos, stored content and adapters. The API is written against
 these protocols alone; `deployments/app.py` gives it the Serve handle and the actor behind them.
@@ -30,7 +30,7 @@ class VideoError:
 
 @dataclass(frozen=True)
 class Video:
-    """A video job as it stands."""
+    """The current state of a video job."""
 
     job: Job
     """Its id is the video's id."""
@@ -74,7 +74,7 @@ class Content:
 
 @dataclass(frozen=True)
 class LoRARequest:
-    """One adapter as a client names it."""
+    """One adapter as a client requests it."""
 
     nickname: str
     path: str | None = None
@@ -98,37 +98,37 @@ class ActiveLoRA:
 
     adapters: tuple[LoRASpec, ...]
     merged: bool
-    """Whether new jobs get it there."""
+    """Whether new jobs get it."""
 
 
 @dataclass(frozen=True)
 class LoRAStatus:
     loaded: tuple[LoadedLoRA, ...]
     default: tuple[LoRASpec, ...]
-    """What new jobs are given that name no adapters of their own."""
+    """What new jobs get if they name no adapters of their own."""
     active: Mapping[str, ActiveLoRA]
-    """By transformer: that, and what was set and then unmerged."""
+    """By transformer: the default, and what was set and then unmerged."""
     replicas: Mapping[str, tuple[LoRASpec, ...]]
     """What is merged into the weights of each engine replica right now."""
     num_bytes_held: Mapping[str, int] = field(default_factory=dict)
-    """Host memory with which each rank of a replica keeps the original weights of what is merged."""
+    """Host memory in which each rank of a replica keeps the original weights of merged layers."""
     notes: tuple[str, ...] = ()
-    """What a client should know of this call: a file that changed and was loaded again, a target that was ignored."""
+    """Notes for the client on this call: a file that changed and was loaded again, a target that was ignored."""
 
 
 class Engine(Protocol):
     """Computes jobs. Any method may raise `APIError`."""
 
     async def card(self) -> ModelCard:
-        """The served model. Raises `APIError` 503 while it still loads."""
+        """The served model. Raises `APIError` 503 while it is still loading."""
 
     def generate(self, job: Job, media: Media, *, progress: bool) -> AsyncGenerator[Event, None]:
-        """Compute `job`; the last event is its `Result`. With `progress`, steps give a `Progress` too (the last one,
-        and the others as far as they are 0.1 s apart), after one of step 0 when the computation begins (again, should
-        the ranks have died).
+        """Compute `job`; the last event is its `Result`. With `progress`, a `Progress` of step 0 comes when the
+        computation begins (and again if the ranks died), then one for the last step and for others at least 0.1 s
+        apart.
 
         Closing the iterator (or cancelling the task that reads it) frees the ranks within one denoising step.
-        Raises `InvalidJob` for what only the pipeline itself could refuse.
+        Raises `InvalidJob` for what only the pipeline itself can refuse.
         """
 
     async def ready(self) -> None:
@@ -138,14 +138,14 @@ class Engine(Protocol):
 class State(Protocol):
     """Remembers. Any method may raise `APIError`: 404 for an unknown id, for instance.
 
-    Records belong to the tenant they were made by (`keys.Caller.tenant`). One tenant's do not exist for another;
-    tenant None sees all, and what it makes is seen by no other.
+    Records belong to the tenant that created them (`keys.Caller.tenant`) and do not exist for other tenants. Tenant
+    None sees all records; its own are seen by no other.
     """
 
     async def create_video(
         self, job: Job, media: Media, model: str, idempotency_key: str | None = None, tenant: str | None = None
     ) -> Video:
-        """Persist a job as queued and see that it runs. A tenant's idempotency key gives the same video again.
+        """Persist a job as queued and have it run. A tenant's repeated idempotency key returns the same video.
 
         Raises `APIError` 429 when too many are unfinished.
         """
@@ -157,7 +157,7 @@ class State(Protocol):
     ) -> VideoPage: ...
 
     async def cancel_video(self, video_id: str, tenant: str | None = None) -> Video:
-        """Stop the job if it is queued or running; it is then failed, with code `cancelled`. A finished one stays."""
+        """Stop the job if it is queued or running; it then fails with code `cancelled`. A finished one stays."""
 
     async def delete_video(self, video_id: str, tenant: str | None = None) -> None:
         """Stop the job if it is queued or running; delete its record and its files."""
@@ -174,12 +174,12 @@ class State(Protocol):
     async def read(self, key: str, offset: int, length: int) -> bytes: ...
 
     async def set_lora(self, requests: Sequence[LoRARequest]) -> LoRAStatus:
-        """Load, validate, merge on every replica and make default for new jobs. One `LoRARequest` per adapter of the
-        composition. Raises `APIError` 409 while another is merged (unless `lora_switch` is `auto`), 4xx for a bad
-        adapter; what was active stays."""
+        """Load and validate adapters, merge them on every replica and make them the default for new jobs. One
+        `LoRARequest` per adapter of the composition. Raises `APIError` 409 while another is merged (unless
+        `lora_switch` is `auto`), 4xx for a bad adapter; what was active stays active."""
 
     async def merge_lora(self, strength: float | None = None, target: tuple[str, ...] | None = None) -> LoRAStatus:
-        """Re-apply what was set, at the strengths it was set with unless given here."""
+        """Merge again what was set, with the strengths and targets it was set with unless given here."""
 
     async def unmerge_lora(self, target: tuple[str, ...] | None = None) -> LoRAStatus: ...
 
@@ -189,4 +189,4 @@ class State(Protocol):
     async def list_loras(self) -> LoRAStatus: ...
 
     async def lora_for_job(self, requests: Sequence[LoRARequest] | None) -> tuple[LoRASpec, ...]:
-        """The adapters a new job runs with: those it asks for, loaded if need be, or (None) the default."""
+        """The adapters a new job runs with: those it requests, loaded if necessary, or (None) the default."""

@@ -1,8 +1,8 @@
 """Video jobs as a durable state machine over one SQLite file, and the record of every stored file.
 
-Statuses change in `JobStore.transition` alone, along `TRANSITIONS`. Files and rows agree because every file that is
-about to be written is recorded first, without an owner; the transaction that changes a row also hands it its files.
-What has no owner when the server starts is the rest of an interrupted write or delete, and goes.
+Only `JobStore.transition` changes a status, along `TRANSITIONS`. Files and rows agree because every file is recorded,
+without an owner, before it is written; the transaction that changes a row also gives it its files. A file without an
+owner at startup is left over from an interrupted write or delete, and is deleted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipelines.job import Job
 
 TRANSITIONS: Mapping[VideoStatus, frozenset[VideoStatus]] = {
     VideoStatus.QUEUED: frozenset({VideoStatus.IN_PROGRESS, VideoStatus.FAILED}),
-    # To itself: a further attempt begins, after a crash. No way leads back to `queued`.
+    # To itself: another attempt begins after a crash. Nothing leads back to `queued`.
     VideoStatus.IN_PROGRESS: frozenset({VideoStatus.IN_PROGRESS, VideoStatus.COMPLETED, VideoStatus.FAILED}),
     VideoStatus.COMPLETED: frozenset(),
     VideoStatus.FAILED: frozenset(),
@@ -33,7 +33,7 @@ _LOCK_TIMEOUT_S = 30.0
 
 
 class IllegalTransition(RuntimeError):
-    """A bug in the caller: the table has no such way."""
+    """A bug in the caller: `TRANSITIONS` does not allow this change."""
 
 
 class StateInUse(RuntimeError):
@@ -41,28 +41,28 @@ class StateInUse(RuntimeError):
 
 
 class JobStore:
-    """The records of one server. Not thread-safe, and alone: the file stays locked until `close` or the process ends.
+    """The records of one server. Not thread-safe. The file stays locked until `close` or the end of the process.
 
-    A status change is on the disk when the call returns. Progress is in the operating system's hands: it survives
+    A status change is on the disk when the call returns. Progress is left to the operating system to write: it survives
     the death of the process, not that of the machine.
     """
 
     def __init__(self, path: str, *, ttl_s: float | None = None, patience_s: float | None = None):
-        """Open or make the file, and bring it to the newest schema.
+        """Open or create the file, and migrate it to the newest schema.
 
         Args:
-            ttl_s: how long finished videos are kept, to be told to clients.
-            patience_s: how long to wait where another process has the file open.
+            ttl_s: how long finished videos are kept, reported to clients.
+            patience_s: how long to wait while another process has the file open.
 
         Raises:
-            StateInUse: it still has.
+            StateInUse: another process still has the file open.
             RuntimeError: a newer version of the server wrote it.
         """
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         timeout = _LOCK_TIMEOUT_S if patience_s is None else patience_s
         self._connection = sqlite3.connect(path, timeout=timeout, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
-        # Set before WAL, an exclusive lock also spares the shared memory file, which network filesystems lack.
+        # An exclusive lock set before WAL also avoids the shared memory file, which network filesystems lack.
         self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         try:
             self._connection.execute("PRAGMA journal_mode = WAL")
@@ -76,7 +76,7 @@ class JobStore:
         migrate(self._connection)
         self._ttl_s = ttl_s
         self.num_finished = 0
-        """Videos and pictures that were finished since the file was opened."""
+        """Videos and images finished since the file was opened."""
 
     def close(self) -> None:
         self._connection.close()
@@ -89,7 +89,7 @@ class JobStore:
         files: Collection[str],
         tenant: str | None = None,
     ) -> Video:
-        """A queued job that owns `files`; or the one that already has its id or the tenant's idempotency key."""
+        """Add a queued job that owns `files`, or return the one that has its id or the tenant's idempotency key."""
         with self._transaction():
             created = self._connection.execute(
                 "INSERT INTO videos (id, tenant, idempotency_key, job, model, status, created_at)"
@@ -103,7 +103,7 @@ class JobStore:
         return video
 
     def find(self, video_id: str, idempotency_key: str | None, tenant: str | None = None) -> Video | None:
-        """The job with this id or this idempotency key of the tenant's."""
+        """The job with this id, or with this idempotency key of the tenant."""
         row = self._connection.execute(
             "SELECT * FROM videos WHERE id = ?1 OR (idempotency_key = ?2 AND ifnull(tenant, '') = ifnull(?3, ''))",
             (video_id, idempotency_key, tenant),
@@ -125,7 +125,7 @@ class JobStore:
     def page(
         self, after: str | None, limit: int, order: Literal["asc", "desc"], tenant: str | None = None
     ) -> VideoPage:
-        """At most `limit` jobs in order of arrival (`desc`: the newest first), those that follow `after`."""
+        """At most `limit` jobs that follow `after`, in order of arrival (`desc`: newest first)."""
         beyond, direction = ("<", "DESC") if order == "desc" else (">", "ASC")
         conditions: dict[str, Any] = {} if tenant is None else {"tenant = ?": tenant}
         if after is not None:
@@ -141,7 +141,7 @@ class JobStore:
         return VideoPage(videos=tuple(self._video(row) for row in rows[:limit]), has_more=len(rows) > limit)
 
     def unfinished(self) -> list[Video]:
-        """The queued and the running jobs, the oldest first."""
+        """The queued and running jobs, oldest first."""
         rows = self._connection.execute(
             "SELECT * FROM videos WHERE status IN (?, ?) ORDER BY position",
             (VideoStatus.QUEUED, VideoStatus.IN_PROGRESS),
@@ -162,9 +162,9 @@ class JobStore:
         timings: Mapping[str, float] | None = None,
         error: VideoError | None = None,
     ) -> list[str]:
-        """Change a job's status; into `in_progress` counts one attempt.
+        """Change a job's status; a change to `in_progress` counts one attempt.
 
-        With `files`, the job owns these from now on and no others. Returns the keys it owned no more: to be deleted.
+        With `files`, the job owns exactly these from now on. Returns the keys that it no longer owns, to be deleted.
         Raises `IllegalTransition`, and `APIError` 404 for an unknown id.
         """
         with self._transaction():
@@ -201,22 +201,22 @@ class JobStore:
             self._connection.execute("PRAGMA synchronous = FULL")
 
     def delete(self, video_id: str) -> list[str]:
-        """Forget a job. Returns the keys of its files: to be deleted."""
+        """Forget a job. Returns the keys of its files, to be deleted."""
         with self._transaction():
             self._row(video_id)
             self._connection.execute("DELETE FROM videos WHERE id = ?", (video_id,))
             return self._claim(video_id, ())
 
     def remove_older_than(self, seconds: float) -> list[str]:
-        """Forget the jobs and pictures that were finished so long ago. Returns the keys of their files."""
+        """Forget jobs and images that finished at least `seconds` ago. Returns the keys of their files."""
         due = self._connection.execute("SELECT id FROM finished WHERE finished_at <= ?", (time.time() - seconds,))
         return self._remove([row["id"] for row in due])
 
     def remove_oldest_beyond(self, num_bytes: int) -> list[str]:
-        """Forget finished jobs and pictures, the oldest first, until the files of the others have no more than
-        `num_bytes`. Returns the keys of theirs."""
-        # All files but those of the few unfinished jobs: to look up those of the many finished ones takes ten times as
-        # long (1.2 s instead of 0.1 s where there are 100,000).
+        """Forget finished jobs and images, oldest first, until the files of the remaining ones take at most
+        `num_bytes`. Returns the keys of the forgotten files."""
+        # All files minus those of the few unfinished jobs: looking up those of the many finished ones takes ten times
+        # as long (1.2 s instead of 0.1 s for 100,000).
         stored, unfinished = self._connection.execute(
             "SELECT (SELECT sum(num_bytes) FROM files WHERE owner IS NOT NULL), (SELECT sum(num_bytes) FROM files"
             " WHERE owner IN (SELECT id FROM videos WHERE finished_at IS NULL))"
@@ -227,7 +227,7 @@ class JobStore:
             if surplus <= 0:
                 break
             size = self._connection.execute("SELECT sum(num_bytes) FROM files WHERE owner = ?", (row["id"],))
-            if freed := size.fetchone()[0]:  # to forget a failed job would make no room
+            if freed := size.fetchone()[0]:  # forgetting a failed job would free no room
                 due.append(row["id"])
                 surplus -= freed
         return self._remove(due)
@@ -241,7 +241,7 @@ class JobStore:
             return [key for name in ids for key in self._claim(name, ())]
 
     def add_image(self, image_id: str, output_format: str, files: Collection[str], tenant: str | None = None) -> None:
-        """Record a stored picture (or several of one job) that owns `files`."""
+        """Record a stored image (or several of one job) that owns `files`."""
         with self._transaction():
             self._connection.execute(
                 "INSERT INTO images (id, tenant, output_format, created_at) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
@@ -269,8 +269,8 @@ class JobStore:
         return row and json.loads(row["value"])
 
     def reserve(self, sizes: Mapping[str, int]) -> None:
-        """Record files that are about to be written, with their bytes: should the process die now, they are deleted at
-        the next start."""
+        """Record files that are about to be written, with their sizes: if the process dies now, the next startup
+        deletes them."""
         with self._transaction():
             self._connection.executemany(
                 "INSERT INTO files (key, num_bytes) VALUES (?1, ?2) ON CONFLICT DO UPDATE SET num_bytes = ?2",
@@ -278,11 +278,11 @@ class JobStore:
             )
 
     def stored_bytes(self) -> int:
-        """Of all recorded files."""
+        """Total size of all recorded files."""
         return self._connection.execute("SELECT ifnull(sum(num_bytes), 0) FROM files").fetchone()[0]
 
     def unmeasured(self) -> list[str]:
-        """Keys of files whose bytes were not recorded."""
+        """Keys of files whose size was not recorded."""
         return [row["key"] for row in self._connection.execute("SELECT key FROM files WHERE num_bytes IS NULL")]
 
     def owns(self, owner: str, key: str) -> bool:
@@ -294,12 +294,12 @@ class JobStore:
         return [row["key"] for row in self._connection.execute("SELECT key FROM files WHERE owner IS NULL")]
 
     def forget(self, keys: Iterable[str]) -> None:
-        """The files are deleted."""
+        """Forget files that have been deleted."""
         with self._transaction():
             self._connection.executemany("DELETE FROM files WHERE key = ? AND owner IS NULL", [(key,) for key in keys])
 
     def _claim(self, owner: str, keys: Collection[str]) -> list[str]:
-        """Make `keys` all that `owner` owns, within the caller's transaction. Returns what it owned before."""
+        """Make `keys` all that `owner` owns, within the caller's transaction. Returns what it no longer owns."""
         before = [row["key"] for row in self._connection.execute("SELECT key FROM files WHERE owner = ?", (owner,))]
         self._connection.execute("UPDATE files SET owner = NULL WHERE owner = ?", (owner,))
         self._connection.executemany(

@@ -1,7 +1,7 @@
-"""API keys: who calls, whether it may, and whose records it sees.
+"""API keys: who is calling, what it may do, and whose records it sees.
 
-Keys are hashed as soon as they are read. What leaves the process that read them, and what is stored beside a video, is
-a SHA-256 digest: keys are random texts, which a digest does not give away.
+Keys are hashed as soon as they are read. Only SHA-256 digests leave the process that read them, or are stored with a
+video: keys are random texts, which a digest does not reveal.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from deployments.errors import APIError
 
 @dataclass(frozen=True)
 class Caller:
-    """Whoever sent a request."""
+    """The sender of a request."""
 
     tenant: str | None
-    """Digest of the key whose records it sees. None sees all: an admin, or anybody where /v1 asks for no key."""
+    """Digest of the key whose records it sees. None sees all: an admin, or anybody if /v1 requires no key."""
     is_admin: bool
-    """Whether it may change what others get. Everybody may where no admin key is set."""
+    """Whether it may change what others get. Everybody may if no admin key is set."""
 
     def require_admin(self, action: str) -> None:
-        """Raises `APIError`: 403 for a valid key that is no admin's, 401 without a valid one."""
+        """Raises `APIError`: 403 for a valid key that is not an admin's, 401 without a valid one."""
         if self.is_admin:
             return
         if self.tenant is None:
@@ -38,21 +38,21 @@ class Caller:
 
 @dataclass(frozen=True)
 class Keyring:
-    """Digests of the keys that the server takes."""
+    """Digests of the keys that the server accepts."""
 
     ordinary: frozenset[str] = frozenset()
     admin: frozenset[str] = frozenset()
 
     @classmethod
     def read(cls, args: ServerArgs) -> Keyring:
-        """Raises `OSError` or `ValueError` for a file that cannot be read, or that has no key or no proper one."""
+        """Raises `OSError` or `ValueError` for a file that cannot be read, or that has no key or a malformed one."""
         return cls(
             frozenset(map(_digest, [*args.api_key, *_keys_in(args.api_key_file)])),
             frozenset(map(_digest, [*args.admin_api_key, *_keys_in(args.admin_api_key_file)])),
         )
 
     def caller(self, key: str | None) -> Caller:
-        """Who presents `key`. Raises `APIError` 401 where a key is needed and this is none."""
+        """The caller that sent `key`. Raises `APIError` 401 if a key is required and this is not a valid one."""
         digest = None if key is None else _digest(key)
         if _is_among(digest, self.admin):
             return Caller(tenant=None, is_admin=True)
@@ -77,7 +77,7 @@ def _keys_in(path: str | None) -> list[str]:
         keys = TypeAdapter(list[ApiKey]).validate_python([line for line in lines if line])
     except ValidationError:
         raise ValueError(f"{path} has a line that is no API key: printable ASCII without spaces") from None
-    if not keys:  # to go on would leave the server open
+    if not keys:  # continuing would leave the server open
         raise ValueError(f"{path} has no API key")
     return keys
 
@@ -87,7 +87,7 @@ def _digest(key: str) -> str:
 
 
 def _is_among(digest: str | None, known: Iterable[str]) -> bool:
-    """Takes as long for every key: neither which one it is nor how much of one it is can be told from the time."""
+    """Takes the same time for every key, so the time reveals neither which key matched nor how much of one."""
     return digest is not None and sum(compare_digest(digest, one) for one in known) > 0
 
 

@@ -1,8 +1,8 @@
-"""The server's log: lines of any of its processes, as text or JSON, each with the ids to find it by.
+"""The server's log: lines from any of its processes, as text or JSON, each with the ids to find it by.
 
-A request has an id from when it arrives at the ingress until it is answered. What it starts is a job, whose id goes
-further, to the state actor, the engine and the ranks; the ingress logs both. No line has a prompt, a key or a path of
-a client's: it is told what happened, by ids.
+A request has an id from its arrival at the ingress until its response. It starts a job, whose id goes further, to the
+state actor, the engine and the ranks; the ingress logs both ids. No line has a client's prompt, key or path: lines say
+what happened, by ids.
 
 Lines go to stderr, which Ray keeps for each process in the `logs` folder of its session.
 """
@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from configs.server_args import ServerArgs
 
 LOGGERS = ("deployments", "pipelines", "lora")
-"""Ours. What Ray itself logs is its own affair."""
+"""Ours. Ray's own loggers are left alone."""
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """Id of the HTTP request that the current task answers: sent as `x-request-id`."""
@@ -30,7 +30,7 @@ job_id: ContextVar[str] = ContextVar("job_id", default="-")
 
 @contextmanager
 def about(job: str) -> Iterator[None]:
-    """What is logged within, also by tasks that are started within, is about this job."""
+    """Attribute to this job what is logged within, also by tasks started within."""
     token = job_id.set(job)
     try:
         yield
@@ -50,7 +50,7 @@ def configure(args: ServerArgs, process: str) -> None:
 
 
 class TextFormatter(logging.Formatter):
-    """`2026-03-01T12:00:00.123+00:00 INFO engine req_1 video_2 message`, a dash for an id that there is not."""
+    """`2026-03-01T12:00:00.123+00:00 INFO engine req_1 video_2 message`, with a dash for a missing id."""
 
     def __init__(self, process: str):
         super().__init__()
@@ -62,7 +62,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JSONFormatter(logging.Formatter):
-    """One JSON object a line; an id that there is not is left out."""
+    """One JSON object per line; a missing id is left out."""
 
     def __init__(self, process: str):
         super().__init__()

@@ -1,6 +1,6 @@
-"""What an operator watches: Prometheus metrics, which Ray collects from every process and shows on each node's port.
+"""Prometheus metrics for operators, which Ray collects from every process and serves on a port of each node.
 
-Names there begin with `ray_`. No label is a prompt, an id or a path: their values are the few words below.
+There, names begin with `ray_`. No label is a prompt, an id or a path: label values are the few words below.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from deployments.schedule import Schedule, Ticket
 
 Outcome = Literal["completed", "failed", "refused", "timeout", "left"]
-"""How a job ended: `refused` by the pipeline as the client's mistake, `left` by a client that went or cancelled."""
+"""How a job ended: `refused` by the pipeline as the client's fault, `left` by a client that disconnected or
+cancelled."""
 
 STAGE_SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000]
 """Bounds of the histogram's buckets."""
 
 
 class EngineMetrics:
-    """Of one engine replica. Make it in the replica's process."""
+    """Metrics of one engine replica. Create it in the replica's process."""
 
     def __init__(self) -> None:
         kind, stage = ("kind",), ("kind", "stage")
@@ -35,7 +36,7 @@ class EngineMetrics:
         self.lora_swaps = Counter("ditserve_lora_swaps", "Changes of the adapters in the weights.")
 
     def queue(self, schedule: Schedule, running: Ticket | None) -> None:
-        """The queue has changed."""
+        """Record a change of the queue."""
         for kind in ("image", "video"):
             self._waiting.set(sum(_kind(ticket) == kind for ticket in schedule), {"kind": kind})
             self._running.set(int(running is not None and _kind(running) == kind), {"kind": kind})
@@ -44,14 +45,14 @@ class EngineMetrics:
         self._steps.inc(count, {"kind": _kind(ticket)})
 
     def ended(self, ticket: Ticket, outcome: Outcome, seconds: Mapping[str, float] | None = None) -> None:
-        """A job ended; `seconds` by stage if it was completed."""
+        """Record that a job ended; `seconds` by stage if it was completed."""
         self._jobs.inc(1, {"kind": _kind(ticket), "outcome": outcome})
         for stage, value in (seconds or {}).items():
             self._seconds.observe(max(value, 1e-9), {"kind": _kind(ticket), "stage": stage})
 
 
 class StateMetrics:
-    """Of the state actor. Make it in the actor's process."""
+    """Metrics of the state actor. Create it in the actor's process."""
 
     def __init__(self) -> None:
         self.stored_bytes = Gauge("ditserve_stored_bytes", "All that is kept: finished files and inputs of jobs.")

@@ -1,4 +1,4 @@
-"""What must hold before the server starts, each with the reason that the user is given where it does not."""
+"""What must hold before the server starts, each with the reason that the user gets if it does not."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from deployments.jobs import JobStore, StateInUse
 from deployments.storage import Storage
 
 START_KEY = "start"
-"""Of the file that tries whether outputs can be written."""
+"""Key of the file that tests whether outputs can be written."""
 
 SILENT_SECONDS = 1.0
-"""How long a state that is in use is waited for without a word."""
+"""How long to wait silently for a state that is in use."""
 
 
 class StartFailed(Exception):
@@ -22,7 +22,7 @@ class StartFailed(Exception):
 
 
 def demand_port(host: str, port: int) -> None:
-    """Raise `StartFailed` unless the port can be bound: Serve's proxies share a taken one without a word."""
+    """Raise `StartFailed` unless the port can be bound: Serve's proxies silently share a taken one."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -34,7 +34,7 @@ def demand_port(host: str, port: int) -> None:
 def demand_state(args: ServerArgs) -> None:
     """Raise `StartFailed` unless the state can be opened, by this server alone, and outputs can be written.
 
-    A predecessor may still be ending; that it is waited for is said.
+    A predecessor may still be shutting down; a message says that the server waits for it.
     """
     try:
         try:
@@ -50,8 +50,8 @@ def demand_state(args: ServerArgs) -> None:
 
 
 def demand_no_serve() -> None:
-    """Raise `StartFailed` where a Serve runs on the cluster that was joined: it took its port and its environment when
-    it started, and a second application of our name would replace the first."""
+    """Raise `StartFailed` if Serve already runs on the joined cluster: its port and environment were set when it
+    started, and a second application of this name would replace the first."""
     from ray import serve
 
     there = serve.status()
@@ -63,8 +63,8 @@ def demand_no_serve() -> None:
 
 
 def demand_resources(args: ServerArgs, *, may_come: bool) -> None:
-    """Raise `StartFailed` where the cluster has too few GPUs or CPUs for the engine, which would wait for them without
-    a word. Where they `may_come`, with further nodes, say what it waits for."""
+    """Raise `StartFailed` if the cluster has too few GPUs or CPUs for the engine, which would wait for them silently.
+    If they `may_come`, with further nodes, print what the server waits for."""
     import ray
 
     from deployments.app import engine_options

@@ -1,7 +1,7 @@
-"""How one composition reaches every engine replica, and how the one who changed it learns that it has.
+"""How a composition reaches every engine replica, and how the caller that changed it learns that it has.
 
-Each replica long-polls for the composition that new jobs get, merges it and reports back; a poll is also its sign of
-life. Nothing is pushed, so a replica that starts late, restarts or was away just asks and is up to date.
+Each replica long-polls for the composition that new jobs get, merges it and reports back; a poll is also its heartbeat.
+Nothing is pushed, so a replica that starts late, restarts or was away just polls and is up to date.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ POLL_SECONDS = 10.0
 """A poll is answered after this time even if there is no news."""
 
 FORGET_SECONDS = 30.0
-"""A replica that has not polled for this long is not waited for any more: three polls."""
+"""A replica that has not polled for this long, which is three polls, is no longer waited for."""
 
 
 class MergeFailed(Exception):
@@ -29,7 +29,7 @@ class MergeFailed(Exception):
 
 @dataclass
 class Replica:
-    """What is known of one engine replica."""
+    """What is known about one engine replica."""
 
     last_seen: float
     """Monotonic seconds."""
@@ -43,20 +43,20 @@ class Replica:
 
 
 class Propagation:
-    """The wanted composition, by version, and the replicas that follow it. Lives in one event loop."""
+    """The wanted composition with its version, and the replicas that follow it. Lives in one event loop."""
 
     def __init__(self, *, poll_seconds: float = POLL_SECONDS, forget_seconds: float = FORGET_SECONDS):
         self.poll_seconds = poll_seconds
         self.forget_seconds = forget_seconds
         self.composition: Composition = ()
-        # From the clock, so that no version of a process before this one is taken for one of ours.
+        # From the clock, so that no version of an earlier process is mistaken for one of this process.
         self.version = time.time_ns()
         self._replicas: dict[str, Replica] = {}
         self._changed = asyncio.Condition()
 
     @property
     def replicas(self) -> Mapping[str, Replica]:
-        """Those that polled lately."""
+        """Those that polled recently."""
         oldest = time.monotonic() - self.forget_seconds
         self._replicas = {id_: replica for id_, replica in self._replicas.items() if replica.last_seen >= oldest}
         return self._replicas
@@ -77,7 +77,7 @@ class Propagation:
     async def report(
         self, replica_id: str, version: int, composition: Composition, error: str | None, num_bytes_held: int = 0
     ) -> None:
-        """A replica is through with `version`: `composition` is in its weights now, and `error` says what failed."""
+        """A replica is done with `version`: `composition` is now in its weights, and `error` says what failed."""
         replica = self._seen(replica_id)
         replica.version, replica.composition, replica.error = version, composition, error
         replica.num_bytes_held = num_bytes_held
@@ -120,7 +120,7 @@ class Propagation:
 
 
 class Watched(Protocol):
-    """The replica's view of the other side."""
+    """The state actor as a replica sees it."""
 
     async def watch_default(self, replica_id: str, known_version: int | None) -> tuple[int, Composition]: ...
 
@@ -131,7 +131,7 @@ class Watched(Protocol):
 
 @dataclass(frozen=True)
 class Merged:
-    """How a replica stands after it tried to merge."""
+    """A replica's state after it tried to merge."""
 
     composition: Composition
     error: str | None = None
@@ -139,10 +139,10 @@ class Merged:
 
 
 async def follow(state: Watched, replica_id: str, merge: Callable[[Composition], Awaitable[Merged]]) -> None:
-    """The replica's side, for as long as it lives: merge every new composition and report.
+    """The replica's side, as long as it lives: merge every new composition and report.
 
-    `merge` may take long (it waits for the running job); meanwhile the replica goes on polling, so that it is waited
-    for and not forgotten.
+    `merge` may take long (it waits for the running job); meanwhile the replica keeps polling, so that it is waited for
+    and not forgotten.
     """
     version: int | None = None
     while True:
@@ -159,7 +159,7 @@ async def follow(state: Watched, replica_id: str, merge: Callable[[Composition],
 
 
 async def _stay_known(state: Watched, replica_id: str, version: int) -> None:
-    """Poll for as long as a merge takes. A newer version waits for its turn; one that a restarted state actor made up
-    must not end the polls."""
+    """Poll while a merge runs. A newer version waits for its turn; that of a restarted state actor must not end the
+    polls."""
     while True:
         version, _ = await state.watch_default(replica_id, version)

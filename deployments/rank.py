@@ -1,8 +1,8 @@
 """One rank of a gang: a Ray actor that holds its shard of the work and runs jobs in lock step with the others.
 
-Every rank executes the same job; rank 0 leads. At each denoising step's end rank 0 decides whether the job goes on and
-one small broadcast makes all ranks act alike. A rank never decides for itself: that would leave the others inside a
-collective.
+Every rank executes the same job; rank 0 leads. At the end of each denoising step, rank 0 decides whether the job
+continues, and one small broadcast makes all ranks act alike. A rank never decides for itself: that would leave the
+others inside a collective.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 this bounds a denoising step, not a job; a dead or hung rank is noticed from outside, long before."""
 
 PROGRESS_SECONDS = 0.1
-"""Between two steps that are told. To tell of one takes four processes and a transaction: of every step of a tiny clip,
-which took 20 ms, it made two ranks on two cores take 800 ms in place of 650."""
+"""Interval between reported steps. A report involves four processes and a transaction: reporting every 20 ms step of a
+tiny video made two ranks on two cores take 800 ms instead of 650."""
 
 
 class Stopped(Exception):
@@ -75,7 +75,7 @@ class Stopped(Exception):
 
 
 class Suspended(Exception):
-    """The job was suspended between two steps, on every rank; asking for it again goes on with it."""
+    """The job was suspended between two steps, on every rank; running it again resumes it."""
 
 
 class WeightsLost(Exception):
@@ -83,11 +83,11 @@ class WeightsLost(Exception):
 
 
 class JobFailed(Exception):
-    """The pipeline failed. Only the message crosses to the engine: the original class may need torch to be read."""
+    """The pipeline failed. Only the message crosses to the engine: unpickling the original class may need torch."""
 
 
 class TooLarge(JobFailed):
-    """The job does not fit into the memory of a rank's device, and will not another time."""
+    """The job does not fit into the memory of a rank's device, and will not on a retry."""
 
 
 class Rank:
@@ -102,14 +102,14 @@ class Rank:
         self.args = args
         self.rank = rank
         self.cores = (os.cpu_count() or 1) // ranks_on_node
-        """Its share of the node's."""
+        """Its share of the node's cores."""
         self.model: Model
         self.weights: int
-        """Of its transformers, in numbers."""
+        """Number of parameters of its transformers."""
         self.merger: Merger
         self.mesh: Mesh | None = None
         self._orders: dict[str, Decision] = {}
-        """By job, what was asked for since its last step. Rank 0 alone has any."""
+        """By job, the order received since its last step. Only rank 0 has any."""
         self._advance = Advance()
         self._suspended: dict[str, Generator[Event]] = {}
 
@@ -126,7 +126,7 @@ class Rank:
 
         Raises:
             ValueError: the model cannot be loaded or sharded, its weights cannot be restored as `lora_restore` says, or
-                there is no `lora_dir`; the message is for the user.
+                `lora_dir` does not exist; the message is for the user.
         """
         if self.args.lora_dir is not None and not Path(self.args.lora_dir).is_dir():
             raise ValueError(f"There is no folder '{self.args.lora_dir}' to take adapters from")
@@ -154,11 +154,11 @@ class Rank:
         return self.model.card
 
     def lead(self, job: Job, media: Media, progress: bool) -> Iterator[Event]:
-        """Rank 0's part of a job: give its events, the last of which is its `Result`.
+        """Rank 0's part of a job: yield its events, the last of which is its `Result`.
 
         Raises:
             Stopped: `stop` was called.
-            Suspended: `suspend` was called; the same call again goes on after the step it was left in.
+            Suspended: `suspend` was called; the same call again resumes after the last finished step.
         """
         told = -inf
         for event in self._steps(job, media):
@@ -182,7 +182,7 @@ class Rank:
 
         torch.set_num_threads(threads_for(self.weights, job.width * job.height * job.num_frames, self.cores))
         generation = self._suspended.pop(job.id, None) or generate(self.model, job, media)
-        # An order may come before the job begins, or after the one it was meant for has ended.
+        # An order may come before its job begins, or after that has ended: keep only this job's.
         for other in set(self._orders) - {job.id}:
             del self._orders[other]
         try:
@@ -204,7 +204,7 @@ class Rank:
                 logger.exception("the generation failed")
             end_if_device_is_lost(self.model.device)
             if isinstance(error, FailedAlone) and self.mesh is not None:
-                self.mesh.agree(Decision.STOP)  # where the others wait, or will
+                self.mesh.agree(Decision.STOP)  # where the others wait, or soon will
             failure = _in_words(error)
         else:
             return
@@ -212,8 +212,9 @@ class Rank:
             self._orders.pop(job.id, None)
             if job.id not in self._suspended:
                 generation.close()
-        # Only here, where nothing refers to `error` any more: raised within the handler, or kept by name, it would be
-        # part of a cycle that keeps the pipeline's frames, and in them latents and activations, until a later job.
+        # Raised only here, where nothing refers to `error` any more: raised in the handler, or with `error` kept by
+        # name, it would be part of a reference cycle that keeps the pipeline's frames, with their latents and
+        # activations, until a later job.
         raise failure
 
     def _agree(self, job_id: str) -> Decision:
@@ -222,23 +223,23 @@ class Rank:
 
     @ray.method(concurrency_group="control")
     def stop(self, job_id: str) -> None:
-        """Stop the running job at the end of its current step. Only rank 0 need be told."""
+        """Stop the running job at the end of its current step. Only rank 0 needs this call."""
         self._orders[job_id] = Decision.STOP
 
     @ray.method(concurrency_group="control")
     def suspend(self, job_id: str) -> None:
-        """Suspend the running job at the end of its current step. Only rank 0 need be told."""
+        """Suspend the running job at the end of its current step. Only rank 0 needs this call."""
         self._orders.setdefault(job_id, Decision.SUSPEND)
 
     def discard(self, job_id: str) -> None:
-        """Forget a suspended job. Every rank must be told."""
+        """Forget a suspended job. Every rank needs this call."""
         self._suspended.pop(job_id).close()
 
     def merge(self, composition: Sequence[LoRASpec], factors: Mapping[str, ray.ObjectRef]) -> None:
         """Make `composition` what is merged into the weights; an empty one restores the base weights.
 
         Args:
-            factors: what `load_lora` gave, by identity, where it lies in the object store.
+            factors: what `load_lora` returned, by identity, as references into the object store.
 
         Raises:
             ValueError: an adapter does not fit the model; nothing has changed.
@@ -250,7 +251,7 @@ class Rank:
 
         blocks = dict(zip(factors, ray.get(list(factors.values())), strict=True))
         adapters = {identity: Factors.from_bytes(memoryview(block)) for identity, block in blocks.items()}
-        # An offloaded transformer's weights are its host copy, but while a suspended job keeps it on the device.
+        # An offloaded transformer's weights are its host copy, except while a suspended job keeps it on the device.
         self.model.rest_transformers()
         try:
             self.merger.merge([(adapters[spec.identity], spec.strength, spec.target) for spec in composition])
@@ -277,7 +278,7 @@ class Rank:
         factors = load(source, type(self.model.pipeline), self.model.transformers)
         return LoadedAdapter(
             identity=source.identity,
-            # As an array it is read where it lies in the object store; bytes would be copied by every reader.
+            # An array is read in place in the object store; bytes would be copied by every reader.
             factors=ray.put(np.frombuffer(factors.to_bytes(), np.uint8)),
             rank=factors.rank,
             num_bytes=factors.num_bytes,
@@ -300,10 +301,10 @@ class Rank:
 
     @ray.method(concurrency_group="health")
     def ping(self) -> int:
-        """Answer with the process id, also while a job is computed or an adapter is read.
+        """Return the process id, even while a job runs or an adapter is read.
 
         Raises:
-            Stalled: the job does not come forward.
+            Stalled: the job makes no progress.
         """
         self._advance.check()
         return os.getpid()

@@ -1,4 +1,4 @@
-"""Starting a gang, the first time and whenever it broke: again, with patience, and not for ever."""
+"""Starting a gang, the first time and after each break: with retries, pauses between them, and a limit."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from deployments.gang import Gang, GangBroken
 logger = logging.getLogger(__name__)
 
 MAX_FAILED_STARTS = 3
-"""In a row. Then the first gang is given up, and the replica of a later one reports itself unhealthy, so that Serve
-replaces it."""
+"""In a row. Then a first start is given up, and a replica that is rebuilding its gang reports itself unhealthy, so that
+Serve replaces it."""
 
 
 class Recovery:
-    """Starts one gang again and again, and counts how often in a row it failed to start."""
+    """Starts and restarts one gang, and counts how often in a row it failed to start."""
 
     def __init__(self, gang: Gang):
         self._gang = gang
         self._failed_starts = 0
 
     async def first_start(self) -> ModelCard:
-        """Start the gang. What may be otherwise the next time is tried again: Serve takes the first failure of a first
-        replica for the last word.
+        """Start the gang, retrying failures that may pass: Serve treats the first failure of a first replica as final.
 
         Raises:
             ValueError: the model cannot be loaded or sharded.
-            GangBroken: `MAX_FAILED_STARTS` attempts gave no gang.
+            GangBroken: `MAX_FAILED_STARTS` attempts failed.
         """
         while True:
             try:
@@ -40,7 +39,7 @@ class Recovery:
                 await self._pause(broken)
 
     async def rebuild(self) -> None:
-        """Replace all ranks in the same placement group, trying until it works or Serve replaces the replica."""
+        """Replace all ranks in the same placement group, retrying until it works or Serve replaces the replica."""
         while True:
             self._gang.kill()
             try:

@@ -11,15 +11,15 @@ from deployments.jobs import JobStore
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
-"""Between two looks: how much longer than promised a file may lie. A look at what is too old takes microseconds; what
-is stored is added up only after something was finished."""
+"""Interval between checks: how much longer than promised a file may be kept. Checking for what is too old takes
+microseconds; what is stored is added up only after something has finished."""
 
 
 class Retention:
-    """Deletes finished videos and stored pictures, records and files together. What is unfinished always stays."""
+    """Deletes finished videos and stored images, records and files together. Unfinished videos always stay."""
 
     def __init__(self, jobs: JobStore, content: ContentStore, *, ttl_s: float | None, max_bytes: int | None):
-        """None keeps them forever, or whatever their size."""
+        """None means no limit of age, or of size."""
         self._jobs = jobs
         self._content = content
         self._ttl_s = ttl_s
@@ -28,11 +28,11 @@ class Retention:
         """What `JobStore.num_finished` was when stored files were last added up."""
 
     async def enforce(self) -> None:
-        """Look again and again, at once first: time has passed while no server ran."""
+        """Check forever, first at once: time has passed while no server ran."""
         while True:
             try:
                 await self._look()
-            except Exception:  # a full disk, say: all the more reason to go on
+            except Exception:  # a full disk, say: all the more reason to continue
                 logger.exception("retention failed and will be tried again")
             await asyncio.sleep(PERIOD_S)
 

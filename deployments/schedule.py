@@ -1,10 +1,10 @@
-"""Which of the waiting jobs gets the gang next: a rule without a clock, a task or a gang.
+"""Which of the waiting jobs gets the gang next: a rule that needs no clock, task or gang.
 
-Pictures, for which a client holds the line, go before videos, which clients ask about later; among equals, jobs with
-the adapters that are merged already go before those that need a switch; else the oldest goes first.
+Images, for which a client is waiting, go before videos, which clients ask about later. Among equals, jobs whose
+adapters are already merged go before those that need a switch; else the oldest goes first.
 
-Nobody starves: a job that was overtaken `MAX_OVERTAKEN` times is next, whatever else waits. A video that gives way to
-pictures is counted anew from each of its turns, and a turn is one denoising step at least.
+No job starves: one that was overtaken `MAX_OVERTAKEN` times is next, whatever else waits. For a video that gives way to
+images, the count restarts with each of its turns, and a turn is at least one denoising step.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from deployments.propagation import Composition
 from pipelines.job import Event, Job, Media
 
 MAX_OVERTAKEN = 16
-"""How many turns of later jobs a job lets pass. Twenty pictures over four adapters, in whatever order they come, then
-cost a switch for each adapter: the last of them lets the fifteen of the others pass. With eight there were up to
-nine. A video behind endless pictures does a step after each sixteen."""
+"""How many turns of later jobs a job lets pass. Twenty images over four adapters, in any order of arrival, then cost
+one switch per adapter: the last adapter's images let the fifteen others pass. With a limit of eight there were up to
+nine switches. A video behind endless images does a step after every sixteen."""
 
 
 class Full(Exception):
-    """No further picture may wait."""
+    """No further image may wait."""
 
 
 @dataclass(eq=False)
 class Ticket:
-    """One job's place in the queue, and the channel on which its events reach whoever asked for it."""
+    """One job's place in the queue, and the channel on which its events reach whoever requested it."""
 
     job: Job
     media: Media
     progress: bool
-    """Whether its steps are told."""
+    """Whether its steps are reported."""
     asker: str = ""
-    """The process that asked for it."""
+    """The process that requested it."""
     events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
     ended: bool = False
-    """It has given its last event, or nobody waits for it any more."""
+    """It has sent its last event, or nobody waits for it any more."""
     begun: bool = False
-    """Its step 0 was told. Told again only after a break of its own: it then counts as another attempt."""
+    """Its step 0 was reported. It is reported again only after the gang broke under this job: another attempt."""
     steps_told: int = 0
-    """Of its steps, the last one that the ranks told of."""
+    """The last of its steps that the ranks reported."""
     suspended: bool = False
     """It has given way between two steps, and the ranks hold its latents."""
     breaks: int = 0
     """Times the gang broke under it."""
     overtaken: int = 0
-    """Turns of later jobs since it came, or since its own last turn."""
+    """Turns of later jobs since it arrived, or since its own last turn."""
     waiting_since: float = field(default_factory=time.monotonic)
     seconds_waited: float = 0.0
     """Before its first turn and between its turns."""
@@ -60,7 +60,7 @@ class Ticket:
         return self.job.task.is_video
 
     async def next_event(self) -> Event:
-        """Raises what the job failed with."""
+        """Raises the error that the job failed with."""
         event = await self.events.get()
         if isinstance(event, Exception):
             raise event
@@ -68,10 +68,10 @@ class Ticket:
 
 
 class Schedule:
-    """The jobs that wait, in the order of their arrival."""
+    """The waiting jobs, in order of arrival."""
 
     def __init__(self, max_images: int, *, preemption: bool = True):
-        """At most `max_images` pictures may wait. Videos are bounded where they are accepted."""
+        """At most `max_images` images may wait. Videos are bounded where they are accepted."""
         self._max_images = max_images
         self._preemption = preemption
         self._waiting: list[Ticket] = []
@@ -83,7 +83,7 @@ class Schedule:
         return iter(self._waiting)
 
     def add(self, ticket: Ticket) -> None:
-        """Raises `Full` when too many pictures wait already."""
+        """Raises `Full` when too many images wait already."""
         if not ticket.is_video and len(self._images()) >= self._max_images:
             raise Full
         self._waiting.append(ticket)
@@ -92,12 +92,12 @@ class Schedule:
         self._waiting.remove(ticket)
 
     def give_back(self, ticket: Ticket) -> None:
-        """Take back a job that gave way. It came before all that wait now: no second video begins meanwhile."""
+        """Take back a job that gave way, at the head of the queue. No second video begins meanwhile."""
         ticket.suspended = True
         self.put_back(ticket)
 
     def put_back(self, ticket: Ticket) -> None:
-        """Take back a job that has to begin again."""
+        """Take back a job that must restart, at the head of the queue."""
         ticket.waiting_since = time.monotonic()
         self._waiting.insert(0, ticket)
 
@@ -106,7 +106,7 @@ class Schedule:
         begun = any(ticket.suspended for ticket in self._waiting)
         eligible = [ticket for ticket in self._waiting if ticket.suspended or not (ticket.is_video and begun)]
         overdue = [ticket for ticket in eligible if ticket.overtaken >= MAX_OVERTAKEN]
-        # min gives the first of equals, and the list has them by arrival.
+        # min returns the first of equals, and the list is in order of arrival.
         chosen = overdue[0] if overdue else min(eligible, key=lambda each: (each.is_video, each.job.lora != merged))
         for older in self._waiting[: self._waiting.index(chosen)]:
             older.overtaken += 1
@@ -120,7 +120,7 @@ class Schedule:
         return self._preemption and running.is_video
 
     def should_give_way(self, running: Ticket) -> bool:
-        """Whether a running job is to leave the gang to a picture at the end of its step."""
+        """Whether a running job should leave the gang to an image at the end of its step."""
         return self.may_give_way(running) and bool(self._images())
 
     def _images(self) -> list[Ticket]:

@@ -1,4 +1,4 @@
-"""The tables of the state file, and how a file of an older server becomes one of this."""
+"""The tables of the state file, and how an older server's file is migrated."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MIGRATIONS = (
         value TEXT NOT NULL                          -- JSON
     );
     """,
-    # Tenants, and what retention has to know. SQLite cannot drop a column's UNIQUE, so the table is made anew.
+    # Tenants, and what retention needs. SQLite cannot drop a column's UNIQUE, so the table is recreated.
     """
     CREATE TABLE new_videos (
         position INTEGER PRIMARY KEY AUTOINCREMENT,

@@ -1,4 +1,4 @@
-"""Whether the job that a rank computes still comes forward: a rank that is stuck inside a kernel answers its pings."""
+"""Whether a rank's job still makes progress: a rank that is stuck inside a kernel still answers its pings."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 STALL_SECONDS = 900.0
-"""How long a job may be silent, whatever it does: encode texts, compile its first step, decode a long clip."""
+"""How long a job may be silent, whatever it does: encode texts, compile its first step, decode a long video."""
 
 STALL_FACTOR = 10.0
-"""How many of the job's longest silences so far it may be silent: who takes 5 minutes a step decodes as slowly."""
+"""A job may be silent for this many times its longest silence so far: one with 5-minute steps decodes as slowly."""
 
 
 class Stalled(Exception):
-    """The running job has not come to the end of a step for far longer than before."""
+    """The running job has taken far longer than before without finishing a step."""
 
 
 class Advance:
-    """Notes the steps of one job after the other, on the thread that computes, for whoever asks on another."""
+    """Records the steps of one job after another on the thread that computes, for a check on another thread."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic):
         self._now = now
         self._last: float | None = None
-        """Seconds; None while there is no job."""
+        """Time of the last step, in seconds; None while there is no job."""
         self._longest = 0.0
 
     @contextmanager
@@ -35,7 +35,7 @@ class Advance:
             self._last = None
 
     def step(self) -> None:
-        """The running job has come forward."""
+        """Record progress of the running job."""
         now = self._now()
         self._longest = max(self._longest, now - (self._last or now))
         self._last = now

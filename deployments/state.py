@@ -1,6 +1,6 @@
-"""The memory of the server: its videos, its stored pictures and the adapters that it knows.
+"""What the server remembers: its videos, its stored images and the adapters that it knows.
 
-It imports neither torch nor anything of the model. All it knows is on the disk, so it may be killed at any time.
+It imports neither torch nor model code. All it knows is on disk, so it may be killed at any time.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ from pipelines.job import Job, LoRASpec, Media
 logger = logging.getLogger(__name__)
 
 MEASURE_SECONDS = 5.0
-"""Between two sums of all that is stored, which take 10 ms for 100,000 files."""
+"""Interval between sums of all that is stored; a sum takes 10 ms for 100,000 files."""
 
 RETRY_AFTER_SECONDS = "10"
-"""What a client is told whose video finds the queue full; OpenAI's clients wait so long, and try again twice."""
+"""Sent to a client whose video finds the queue full; OpenAI's clients wait that long, and retry twice."""
 
 
 class ServedEngine(Engine, AdapterLoader, Protocol):
-    """What the state actor asks of the engine: jobs for the videos, and the reading of adapters."""
+    """What the state actor needs from the engine: to compute videos and to read adapters."""
 
 
 class State:
     """`interfaces.State` by delegation: records to `JobStore`, files to `ContentStore`, work to `VideoRunner`,
     adapters to `AdapterRegistry` and `DefaultLoRA`.
 
-    Plain asyncio, without Ray; `deployments.state_actor` makes the actor of it.
+    Plain asyncio, without Ray; `deployments.state_actor` turns it into an actor.
     """
 
     def __init__(self, args: ServerArgs, engine: Callable[[], ServedEngine]):
-        """Take up, in the running event loop, all work that an earlier life left unfinished.
+        """Resume, in the running event loop, all work that an earlier process left unfinished.
 
-        `engine` is called in this process when a job first needs it, until it no longer raises `APIError` 503.
+        `engine` is called in this process whenever the engine is needed; it may raise `APIError` 503.
         """
         self._args = args
         self._jobs = JobStore(args.state_path, ttl_s=args.video_ttl)
@@ -85,7 +85,7 @@ class State:
         self._opening_adapters = asyncio.create_task(self._open_adapters())
 
     async def close(self) -> None:
-        """Stop working and let go of the files. The next `State` on the same paths goes on."""
+        """Stop working and release the files. The next `State` on the same paths continues."""
         self._recalling_adapters.cancel()
         self._opening_adapters.cancel()
         background = (self._retention, self._measuring)
@@ -116,7 +116,7 @@ class State:
             raise
         video = self._jobs.create(job, model, idempotency_key, inputs, tenant)
         if video.job.id == job.id:
-            if job.lora:  # their nicknames may have gone meanwhile
+            if job.lora:  # their nicknames may have been deleted meanwhile
                 self._note_adapters()
             with log.about(job.id):
                 logger.info("queued")
@@ -181,15 +181,15 @@ class State:
         return await self._content.read(key, offset, length)
 
     async def _recall_adapters(self) -> None:
-        """Take up the adapters of an earlier life. What was merged into another model stays out of this one."""
+        """Restore the adapters of an earlier process. What was merged into another model stays out of this one."""
         if known := self._jobs.noted("adapters"):
             self._adapters.restore(known)
             if known.get("model") == self._args.model_path:
                 await self._default_lora.restore(known)
 
     async def _open_adapters(self) -> None:
-        """Give new jobs the adapter the server was started with, unless a client has chosen otherwise in an earlier
-        life with the same one: then what was chosen. Either is read from its file as it is now."""
+        """Make the startup adapter the default, unless an earlier process applied the same one or a client overrode it:
+        then keep the last default. Either is read from its file as it is now."""
         await self._recalling_adapters
         args = self._args
         if args.lora_path is None or self._jobs.noted("startup adapter") == self._startup_adapter:
@@ -203,11 +203,11 @@ class State:
 
     @property
     def _startup_adapter(self) -> list[Any]:
-        """As it is noted."""
+        """As it is noted in the job store."""
         return [self._args.model_path, self._args.lora_nickname, self._args.lora_path, self._args.lora_scale]
 
     def _forget_startup_adapter(self) -> None:
-        """It is merged, or a client has chosen otherwise since."""
+        """Note that it was merged or a client has chosen otherwise: a restart keeps the current default."""
         if self._args.lora_path is not None:
             self._jobs.note("startup adapter", self._startup_adapter)
 
@@ -217,11 +217,11 @@ class State:
         self._jobs.note("adapters", {"model": self._args.model_path, **adapters, **self._default_lora.snapshot()})
 
     async def adapters_open(self) -> None:
-        """Return once new jobs can be given the default adapter of the start or of an earlier life. Where that failed
-        it is tried again: the reason may have passed.
+        """Return once new jobs can get the default adapter, that of startup or of an earlier process. If that has
+        failed, it is retried: the reason may have passed.
 
         Raises:
-            APIError: 503, no engine reads adapters yet; or whatever is wrong with the adapter of the start.
+            APIError: 503, no engine can read adapters yet; or whatever is wrong with the startup adapter.
         """
         if self._opening_adapters.done() and self._opening_adapters.exception():
             self._opening_adapters = asyncio.create_task(self._open_adapters())
@@ -258,7 +258,7 @@ class State:
         return self._default_lora.status()
 
     async def lora_for_job(self, requests: Sequence[LoRARequest] | None) -> tuple[LoRASpec, ...]:
-        """With an adapter given at the start, jobs wait for it, or fail with the reason it cannot be merged."""
+        """Jobs wait for the startup adapter, if any, or fail with the reason it cannot be merged."""
         await self.adapters_open()
         if requests is None:
             return self._default_lora.composition

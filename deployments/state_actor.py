@@ -1,5 +1,5 @@
-"""`State` as an actor: one for the whole cluster, named and detached, that outlives every replica and every update, and
-leaves when the application is gone."""
+"""`State` as an actor: one per cluster, named and detached, that outlives every replica and every update, and ends when
+the application is gone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ACTOR_NAME = "ditserve-state"
 NAMESPACE = "ditserve"
 
 LOOK_SECONDS = 10.0
-"""Between two looks at whether the application is still there."""
+"""Interval between checks whether the application still exists."""
 
 SETTINGS = (
     "model_path",
@@ -47,7 +47,7 @@ SETTINGS = (
 
 
 class StateProcess(State):
-    """`State` with a process of its own."""
+    """`State` in a process of its own."""
 
     def __init__(self, args: ServerArgs, engine: Callable[[], ServedEngine]):
         log.configure(args, "state")
@@ -57,14 +57,14 @@ class StateProcess(State):
             self._leaving = asyncio.create_task(self._leave_with_the_application())
 
     async def serves(self, args: ServerArgs) -> bool:
-        """Whether it would be the same with these arguments, and finds its engine in the Serve that runs now: a handle
-        of one that was shut down waits for replicas without end."""
+        """Whether it has the same settings as these arguments, and finds its engine in the Serve that runs now: a
+        handle into a Serve that was shut down waits for replicas forever."""
         same = all(getattr(args, name) == getattr(self._args, name) for name in SETTINGS)
         return same and self._serve == running_serve()
 
     async def _leave_with_the_application(self) -> None:
-        """End once the application is taken off the cluster: nobody asks any more, and the next server may keep its
-        state in the same files. Should it be asked after all, another one is made."""
+        """End once the application is removed from the cluster: nobody calls any more, and the next server may keep its
+        state in the same files. If it is called after all, another one is created."""
         deployed = True
         while deployed:
             await asyncio.sleep(LOOK_SECONDS)
@@ -74,14 +74,14 @@ class StateProcess(State):
 
 
 def is_deployed() -> bool:
-    """Whether the application has a replica on this cluster, be it one that only starts or still stops. It takes a
+    """Whether the application has a replica on this cluster, even one that is starting or stopping. This takes a
     millisecond; `serve.status()` takes 40."""
     replicas = f"{REPLICA_ID_FULL_ID_STR_PREFIX}{APPLICATION}#"
     return any(actor["name"].startswith(replicas) for actor in ray.util.list_named_actors(all_namespaces=True))
 
 
 def running_serve() -> str | None:
-    """Which Serve runs on this cluster, if one does: its controller's id, which it keeps when it is restarted."""
+    """Which Serve runs on this cluster, if any: the id of its controller, which a restart does not change."""
     try:
         return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)._actor_id.hex()
     except ValueError:
@@ -89,8 +89,7 @@ def running_serve() -> str | None:
 
 
 def state_actor(args: ServerArgs, engine: Callable[[], ServedEngine]) -> ActorHandle:
-    """The state actor of this Ray cluster: the one that lives, else a new one. It stays on the head node, where its
-    files are."""
+    """The state actor of this Ray cluster, created if there is none. It stays on the head node, where its files are."""
     options = {
         "name": ACTOR_NAME,
         "namespace": NAMESPACE,
@@ -98,11 +97,11 @@ def state_actor(args: ServerArgs, engine: Callable[[], ServedEngine]) -> ActorHa
         "get_if_exists": True,
         "num_cpus": 0,
         "resources": {"node:__internal_head__": 0.001},
-        # Not in the placement group of the engine replica that may be the first to ask: it would end with it.
+        # Not in the placement group of the engine replica that may be the first to ask: it would end with that replica.
         "scheduling_strategy": "DEFAULT",
         "max_restarts": -1,
-        # Calls that a crash interrupts are made again, and clients do not notice: every method may be repeated. Not
-        # without bound, for it may be the call that is the cause.
+        # Calls that a crash interrupts are repeated, and clients do not notice: every method may be repeated. There is
+        # a limit, because the call itself may be the cause.
         "max_task_retries": 3,
         "max_concurrency": 1000,
     }
@@ -110,15 +109,15 @@ def state_actor(args: ServerArgs, engine: Callable[[], ServedEngine]) -> ActorHa
 
 
 def renew_state_actor(args: ServerArgs, engine: Callable[[], ServedEngine]) -> None:
-    """Put one with these arguments in the place of a living one with others, or of another Serve's, which would stay as
-    it is for ever: its replicas come and go. What it knows is on the disk."""
-    with suppress(ValueError, *PROCESS_LOST):  # there is none, or it can't live with its own arguments
+    """Replace a living state actor that has other arguments, or finds its engine in another Serve. It would otherwise
+    stay as it is forever, since it outlives its replicas. What it knows is on disk."""
+    with suppress(ValueError, *PROCESS_LOST):  # there is none, or it cannot work with its own arguments
         while not ray.get(ray.get_actor(ACTOR_NAME, namespace=NAMESPACE).serves.remote(args)):
             forget_state_actor()
-            state_actor(args, engine)  # at once, before a replica of the old arguments asks for one
+            state_actor(args, engine)  # at once, before a replica with the old arguments asks for one
 
 
 def forget_state_actor() -> None:
-    """End the state actor, if there is one. What it knows is on the disk; the next one goes on with it."""
+    """Kill the state actor, if there is one. What it knows is on disk; the next one continues with it."""
     with suppress(ValueError):
         ray.kill(ray.get_actor(ACTOR_NAME, namespace=NAMESPACE))

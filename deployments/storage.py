@@ -1,4 +1,4 @@
-"""Where the bytes lie: a local folder, or any fsspec URL (`s3://bucket/prefix`, `gs://…`, `memory://…`)."""
+"""Where files are stored: a local folder, or any fsspec URL (`s3://bucket/prefix`, `gs://…`, `memory://…`)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _KEY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
 
 
 class Storage:
-    """Files by key. A file is whole or absent, whenever the process or the machine stops.
+    """Files by key. A file is complete or absent, whenever the process or the machine stops.
 
-    Locally that takes a file written aside, synced and renamed. Elsewhere it rests on the filesystem: object stores
+    For this, a local file is written aside, synced and renamed. Elsewhere it relies on the filesystem: object stores
     show an object only once it is complete. All methods block; they may be called from any thread.
     """
 
@@ -26,7 +26,7 @@ class Storage:
         self._is_local = isinstance(self._filesystem, LocalFileSystem)
 
     def put(self, key: str, data: bytes) -> None:
-        """Write a file, in place of one with the same key. It is on the disk when this returns."""
+        """Write a file, replacing any with the same key. It is on the disk when this returns."""
         if self._is_local:
             _replace(Path(self._path(key)), data)
         else:
@@ -42,7 +42,7 @@ class Storage:
         return self._filesystem.size(self._path(key))
 
     def delete(self, key: str) -> None:
-        """Remove the file and what an interrupted `put` left of it. A file that is not there is no error."""
+        """Remove the file and what an interrupted `put` left of it. A missing file is no error."""
         path = self._path(key)
         with suppress(FileNotFoundError):
             self._filesystem.rm_file(path)

@@ -20,22 +20,22 @@ from pipelines.job import InvalidJob, Job, Media, Progress, Result
 logger = logging.getLogger(__name__)
 
 _RETRY_DELAY_S = 1.0
-"""Between two attempts: a killed engine replica is back after 10 s."""
+"""Pause between attempts: a killed engine replica is back after 10 s."""
 
 VIDEOS_PER_REPLICA = 4
-"""As many are with the engine for each of its replicas; the others wait here, in the order of their arrival, for the
-first replica that has room, also one that starts later. More than the two that the YAMLs' autoscaling aims at, or it
-would not see that they wait; few, since those that a replica has are its own, and keep it from being drained."""
+"""How many videos the engine holds per replica; the others wait here, in order of arrival, for the first replica with
+room, even one that starts later. More than the two that the YAMLs' autoscaling aims at, or it would not see that videos
+wait; few, because videos cannot leave their replica, and keep it from being drained."""
 
 _ROOM_DELAY_S = 0.2
-"""Between two looks for room with the engine."""
+"""Interval between checks for room at the engine."""
 
 
 class VideoRunner:
-    """Computes jobs on the engine, each in a task of its own, and writes what comes of them.
+    """Computes jobs on the engine, each in a task of its own, and writes their results.
 
     `APIError` 429 and 503, the death of the engine and a database that can't be written (a full disk) mean "not now":
-    the job waits and is tried again. Every other error is the job's own, and fails it.
+    the job waits and is retried. Every other error is the job's own, and fails it.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class VideoRunner:
         max_retries: int,
         num_replicas: Callable[[], int],
     ):
-        """`engine` gives the engine that serves now, or raises `APIError` 503. A job whose computation began
-        1 + `max_retries` times, and each time ended with the server, fails alone. `num_replicas` is how many replicas
-        of the engine there are known to be; one is counted on."""
+        """`engine` returns the engine that serves now, or raises `APIError` 503. A job whose computation began 1 +
+        `max_retries` times, and ended each time because the server died, fails alone. `num_replicas` returns how many
+        replicas of the engine are known; at least one is assumed."""
         self._jobs = jobs
         self._content = content
         self._engine = engine
@@ -60,7 +60,7 @@ class VideoRunner:
         self._next_to_go = asyncio.Lock()
 
     def start(self, job: Job) -> None:
-        """Run the job, unless it runs already."""
+        """Run the job, unless it is already running."""
         if job.id not in self._tasks:
             task = asyncio.create_task(self._run(job), name=job.id)
             self._tasks[job.id] = task
@@ -70,7 +70,7 @@ class VideoRunner:
         """Stop the job, if it runs, and leave its record as it is. On return the engine's iterator is closed, and
         nothing more is written."""
         if task := self._tasks.get(video_id):
-            if not task.cancelling():  # a second cancellation would break off what the first one waits for
+            if not task.cancelling():  # a second cancellation would interrupt what the first one waits for
                 task.cancel()
             await asyncio.wait([task])
 
@@ -93,14 +93,14 @@ class VideoRunner:
 
     @asynccontextmanager
     async def _room(self, job: Job) -> AsyncIterator[None]:
-        """Room for one job with the engine, in the order in which jobs ask for it.
+        """Room for one job at the engine, granted in the order of the calls.
 
         Raises:
-            APIError: 504; its time is up.
+            APIError: 504; the job's time is up.
         """
         try:
             async with asyncio.timeout(self._seconds_left(job)), self._next_to_go:
-                # Replicas come and go without a word.
+                # Polling, because replicas come and go unannounced.
                 while self._at_the_engine >= VIDEOS_PER_REPLICA * max(1, self._num_replicas()):  # noqa: ASYNC110
                     await asyncio.sleep(_ROOM_DELAY_S)
                 self._at_the_engine += 1
@@ -122,8 +122,8 @@ class VideoRunner:
             await asyncio.sleep(_RETRY_DELAY_S)
 
     async def _attempt(self, job: Job, media: Media) -> Result:
-        """An attempt counts from its step 0, so that jobs which merely wait pay for no other's crash. The engine
-        begins again by itself when its ranks die, and is given what is left of the job's time."""
+        """An attempt counts from its step 0, so that a job that merely waits does not pay for another job's crash. The
+        engine restarts the job by itself when its ranks die, and gets what is left of the job's time."""
         seconds_left = self._seconds_left(job)
         if seconds_left == 0:
             raise too_late()
@@ -142,14 +142,14 @@ class VideoRunner:
         return result
 
     def _seconds_left(self, job: Job) -> float | None:
-        """Of the job's `timeout`, which began when it was accepted. None: it has none."""
+        """What is left of the job's `timeout`, which began when the job was accepted. None: it has none."""
         if job.timeout is None:
             return None
         return max(0.0, self._jobs.accepted_at(job.id) + job.timeout - time.time())
 
     async def _finish(self, job: Job, status: VideoStatus, files: Mapping[str, bytes], **record: Any) -> None:
-        """Store the files and record how the job ended, as soon as that can be written: else what was computed would
-        be lost, or the job count as unfinished for ever."""
+        """Store the files and record how the job ended, retrying until that can be written: else what was computed
+        would be lost, or the job would count as unfinished forever."""
         while True:
             try:
                 await self._content.write(files)
@@ -169,7 +169,7 @@ def _means_not_now(error: Exception) -> bool:
 
 
 def _explain(error: Exception) -> VideoError:
-    """What the client is told. Errors that were not written for it may hold paths and stay in the log."""
+    """What the client gets. Errors that were not written for clients may hold paths and stay in the log."""
     match cause(error):
         case InvalidJob() as invalid:
             return VideoError("invalid_request_error", str(invalid))
