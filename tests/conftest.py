@@ -5,8 +5,8 @@ from hypothesis import settings
 
 from tests.gang import Gang
 
-# The suite tries the same examples each time, so that what fails was broken by the change at hand. `make fuzz` looks
-# for what fails with --hypothesis-profile=fuzz.
+# The suite tries the same examples each time, so that any failure comes from the change at hand. `make fuzz` searches
+# for new failures with --hypothesis-profile=fuzz.
 settings.register_profile("suite", max_examples=40, deadline=None, derandomize=True)
 settings.register_profile("fuzz", max_examples=1000, deadline=None)
 settings.load_profile("suite")

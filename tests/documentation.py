@@ -1,8 +1,8 @@
 """The documents as data: their sections, the examples in them and the fields that their tables list.
 
-The examples' convention: in each section (`##`) the Python blocks are one program, the bash blocks one script. The
-Python blocks of the section "Setup" come first in every program. Either runs in a folder with a picture `input.png` and
-the repository's `docs`.
+The examples' convention: in each section (`##`), the Python blocks are one program and the bash blocks one script. The
+Python blocks of the section "Setup" come first in every program. Both run in a folder with an image `input.png` and the
+repository's `docs`.
 """
 
 from __future__ import annotations

@@ -26,18 +26,18 @@ R = TypeVar("R")
 
 SIZE = 4
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
-"""How long ranks wait for one that failed."""
+"""How long ranks wait for another that failed."""
 
 
 class Gang:
-    """Four processes. Their mesh is made anew whenever its dimensions change or a function failed."""
+    """Four processes. Their mesh is rebuilt whenever its dimensions change or a function failed."""
 
     def __init__(self, directory: Path):
         """Spawn the ranks; they meet in files under `directory` (fixed ports collide)."""
         self.directory = directory
         self.meetings = 0
         self.dims: ParallelDims | None = None
-        # One process imports the libraries and is forked for each rank: 4 imports at once take 15 s on 2 cores.
+        # One process imports the libraries and forks each rank: 4 imports at once take 15 s on 2 cores.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
             ["torch.distributed", "diffusers.hooks", "diffusers.models", "tests.tiny_models"]
@@ -116,7 +116,7 @@ def _meet(seat: _Seat, dims: ParallelDims, init_method: str) -> None:
 
 
 def _work(connection: Connection, rank: int) -> None:
-    """A rank's process: call what comes until the test process is gone."""
+    """A rank's process: call the functions it receives until the test process is gone."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Runs the pipeline that a family names for a task, with nothing of the server in between."""
+"""Runs the pipeline that a family names for a task, without the server."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ FRAMES = 5
 
 
 def sibling(pipeline: DiffusionPipeline, class_name: str) -> DiffusionPipeline:
-    """A pipeline of another class over the very components and settings of `pipeline`."""
+    """A pipeline of another class with the very components and settings of `pipeline`."""
     pipeline_class = getattr(diffusers, class_name)
     available = {**pipeline.config, **pipeline.components}
     wanted = set(inspect.signature(pipeline_class.__init__).parameters) & set(available)
     other = pipeline_class(**{name: available[name] for name in wanted})
     other.set_progress_bar_config(disable=True)
     if hasattr(pipeline, "vae_scale_factor_spatial"):
-        other.vae_scale_factor_spatial = pipeline.vae_scale_factor_spatial  # the editing pipeline of Wan guesses it
+        other.vae_scale_factor_spatial = pipeline.vae_scale_factor_spatial  # Wan's editing pipeline guesses it
     return other
 
 
@@ -45,7 +45,7 @@ def generate(
 ) -> np.ndarray:
     """Two steps of `task` at 64x64, with an input image of each of `colors` where the task has any.
 
-    Returns: (F, H, W, 3) in [0, 1]; one frame for a picture.
+    Returns: (F, H, W, 3) in [0, 1]; one frame for an image.
     """
     other = sibling(pipeline, family.tasks[task])
     images = [Image.new("RGB", (SIZE, SIZE), color) for color in colors]

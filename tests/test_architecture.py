@@ -19,14 +19,14 @@ ONLY_HERE = {
     "ray": ("deployments",),
     "fastapi": ("deployments.ingress", "deployments.api"),
 }
-"""Libraries by the packages that may import them."""
+"""Libraries, each with the packages that may import it."""
 
 FOR_RANKS = {"torch", "diffusers", "transformers", "accelerate", "peft", "safetensors.torch", "av"}
 """Libraries that compute and encode."""
 
 COMPUTE_NOTHING = ("deployments.ingress", "deployments.app", "deployments.state", "deployments.cli")
-"""What the processes that compute nothing import: of the Ingress and Engine replicas, of the state actor and of the
-command line. Torch would cost each of them 150 MB and two seconds, PyAV 10 MB."""
+"""What the processes that compute nothing import: the Ingress and Engine replicas, the state actor and the command
+line. Torch would cost each of them 150 MB and two seconds, PyAV 10 MB."""
 
 TEXT_SUFFIXES = (".py", ".yaml", ".md", ".sh")
 
@@ -50,7 +50,7 @@ SOURCES = {
     for room in ROOMS
     for path in sorted((REPOSITORY / room).rglob("*.py"))
 }
-"""The syntax tree of each module of ours."""
+"""The syntax tree of each module of the project."""
 
 
 def imports_of(module: str) -> set[Import]:
@@ -79,7 +79,7 @@ def is_within(module: str, package: str) -> bool:
 
 
 def loaded_with(module: str) -> dict[str, str]:
-    """Every module that importing `module` imports at once, at any depth of ours, each with the one that imports it."""
+    """Every module that importing `module` loads at once, through any depth of project modules, with its importer."""
     importer = {module: ""}
     waiting = [module]
     while waiting:

@@ -14,19 +14,19 @@ from configs.server_args import ServerArgs
 from tests.documentation import LANGUAGES, REPOSITORY, sections
 
 SHARED = "Fields of every generation"
-"""The section whose fields hold for every route that generates."""
+"""The section whose fields apply to every route that generates."""
 
 GENERATING = ("POST /v1/images/generations", "POST /v1/images/edits", "POST /v1/videos")
 
 OTHER_NAMES = {"image": {"images"}}
-"""Fields by their further names on the wire, which the text tells rather than the table."""
+"""Fields with further names on the wire, which the text gives instead of the table."""
 
 
 @cache
 def openapi() -> dict[str, Any]:
     from deployments.ingress import create_app
 
-    # The document needs neither an engine nor a state actor.
+    # The OpenAPI document needs neither an engine nor a state actor.
     return create_app(ServerArgs(), None, None).openapi()  # type: ignore[arg-type]
 
 
@@ -106,7 +106,7 @@ def test_every_flag_is_described_as_the_command_line_does() -> None:
 
 
 def flags_table() -> str:
-    """The table of flags that `ServerArgs` amounts to."""
+    """The table of flags that `ServerArgs` implies."""
     rows = ["| flag | default | |", "|---|---|---|"]
     for name, info in ServerArgs.model_fields.items():
         default = "" if info.default in (None, ()) else f"`{str(info.default).lower()}`"

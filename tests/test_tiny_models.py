@@ -59,7 +59,7 @@ def test_a_task_gives_a_picture_or_clip_that_follows_seed_and_prompt(load, name:
 @pytest.mark.parametrize(("name", "task"), [(n, t) for n, t in TASKS if not t.value.startswith("text_to")])
 def test_what_is_made_of_an_image_depends_on_it(load, name: str, task: Task) -> None:
     pipeline, family = load(name)
-    # Of 4 steps, unlike of 2, every default strength but 1 leaves out the first, which starts from noise alone.
+    # With 4 steps, unlike with 2, every default strength but 1 skips the first, which starts from noise alone.
     red, blue = (
         generate(pipeline, family, task, colors=(color,), num_inference_steps=4) for color in ("crimson", "navy")
     )
@@ -68,7 +68,7 @@ def test_what_is_made_of_an_image_depends_on_it(load, name: str, task: Task) -> 
 
 @pytest.mark.parametrize(("name", "task"), [(n, t) for n, t in TASKS if t is Task.INPAINT])
 def test_inpainting_changes_what_is_white_in_the_mask_and_keeps_the_rest(load, name: str, task: Task) -> None:
-    """The outermost columns are compared, those next to the mask's edge lying in the VAE's view of both sides."""
+    """Compares the outermost columns: next to the mask's edge, the VAE sees both sides."""
     pipeline, family = load(name)
     one, other = (generate(pipeline, family, task, seed=seed) for seed in (1, 2))
     freed, kept = (np.abs(one - other)[:, :, columns].mean() for columns in (slice(0, 8), slice(-8, None)))

@@ -1,4 +1,4 @@
-"""A storm: clients that ask for pictures and clips while processes of the server are killed, one kind after another."""
+"""A storm: clients request images and videos while processes of the server are killed, one kind after another."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from tests.chaos.victims import VICTIMS, lose
 from tests.e2e.server import SHORT, SMALL, Server
 
 PATIENCE_SECONDS = 300.0
-"""A client whose job takes longer hangs."""
+"""A job that takes longer counts as hung."""
 
 READY_SECONDS = 120.0
-"""Patience with a server that heals."""
+"""How long the server may take to recover."""
 
 POLL_SECONDS = 1.0
-"""Between two looks at a video, as OpenAI's `create_and_poll` does."""
+"""Between two polls of a video, as in OpenAI's `create_and_poll`."""
 
 SEEDS = 4
-"""Different jobs of a kind: their undisturbed outputs are known."""
+"""Different jobs of each kind, whose undisturbed outputs are known."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one client asks for."""
+    """What one client requests."""
 
     number: int
     kind: str
-    """picture, streamed picture, clip"""
+    """A key of `KINDS`: picture, streamed picture or clip."""
     seed: int
 
 
 @dataclass
 class Report:
-    """What became of a storm."""
+    """The outcome of a storm."""
 
     jobs: int = 0
     lost: list[str] = field(default_factory=list)
     """Jobs that failed, with the reason."""
     wrong: list[str] = field(default_factory=list)
-    """Jobs whose pixels are not those of an undisturbed run."""
+    """Jobs whose pixels differ from those of an undisturbed run."""
     hung: list[str] = field(default_factory=list)
     losses: list[tuple[str, float]] = field(default_factory=list)
     """The kind of each killed process, and the seconds until `/ready` said yes again."""
@@ -59,8 +59,8 @@ class Report:
 
 
 class Storm:
-    """Jobs of all kinds from `clients` clients, all seeded, against a server that runs already: at least `jobs`, and as
-    many as it takes until a process of each kind was lost."""
+    """Seeded jobs of all kinds from `clients` clients, against a running server: at least `jobs`, and as many as it
+    takes until a process of each kind was lost."""
 
     def __init__(self, server: Server, *, seed: int, jobs: int, clients: int, victims: Sequence[str] = tuple(VICTIMS)):
         self.server = server
@@ -109,7 +109,7 @@ class Storm:
         return OpenAI(
             base_url=f"{self.server.base_url}/v1",
             api_key="any",
-            # Each kill may cost a request its connection: twelve of them, with OpenAI's pauses of up to 8 s.
+            # Each kill may cost a request its connection: it survives twelve, with OpenAI's pauses of up to 8 s.
             max_retries=12,
             timeout=PATIENCE_SECONDS,
             http_client=httpx2.Client(transport=PatientTransport(), timeout=PATIENCE_SECONDS),
@@ -125,9 +125,9 @@ class Storm:
                 self.report.losses.append((kind, self._seconds_to_ready()))
 
     def _seconds_to_ready(self) -> float:
-        """Until `/ready` says yes, having said no: a rank that hangs is noticed late.
+        """Poll until `/ready` says yes. After 0.2 s it may still do so: a hung rank is noticed late.
 
-        One client asks each time: to make one costs 40 ms of CPU, so ten in a second would slow what they wait for.
+        The same client polls each time: creating one costs 40 ms of CPU, so ten a second would slow the recovery.
         """
         started = time.monotonic()
         time.sleep(0.2)
@@ -143,7 +143,7 @@ class Storm:
 
 
 class PatientTransport(httpx2.HTTPTransport):
-    """Waits for a proxy that has just been replaced: for a moment it knows no routes, and says 404 in plain text."""
+    """Turns the plain-text 404 of a new proxy, which has no routes yet, into a connection error, which is retried."""
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         response = super().handle_request(request)
@@ -159,7 +159,7 @@ def _picture(client: OpenAI, task: Task) -> bytes:
 
 
 def _streamed_picture(client: OpenAI, task: Task) -> bytes:
-    """A stream that breaks off or ends in an error is asked for again: its client has no retries of its own by then."""
+    """Request the stream again if it breaks off or ends in an error: by then the client no longer retries by itself."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
@@ -172,7 +172,7 @@ def _streamed_picture(client: OpenAI, task: Task) -> bytes:
 
 
 def _clip(client: OpenAI, task: Task) -> bytes:
-    """The key makes a second attempt at a lost answer give the first one's video."""
+    """The key makes a retry after a lost response return the first attempt's video."""
     key = f"storm-{task.number}-{task.seed}-{time.monotonic_ns()}"
     video = client.videos.create(**_arguments(SHORT, task), extra_headers={"Idempotency-Key": key})
     while video.status not in ("completed", "failed"):

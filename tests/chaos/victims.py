@@ -1,4 +1,4 @@
-"""The processes of a running server by what they do, and the ways to lose one."""
+"""The processes of a running server by what they do, and how to lose one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ VICTIMS: Mapping[str, Callable[[str, str], bool]] = {
     "state actor": lambda title, name: title.startswith("ray::State"),
     "proxy": lambda title, name: name == "haproxy",
 }
-"""How a process of each kind is known, by its title (Ray names its workers after their actor) and its name."""
+"""How to recognise a process of each kind by its title (Ray names its workers after their actor) and its name."""
 
 
 def lose(server: Server, kind: str) -> bool:
-    """Kill a process of this kind, or stop it for good if it is to hang. False when there is none just now."""
+    """Kill a process of this kind, or stop it for good if it is to hang. False if there is none right now."""
     for process in server.processes():
         with suppress(psutil.Error):
             if VICTIMS[kind](" ".join(process.cmdline()), process.name()):

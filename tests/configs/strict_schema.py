@@ -1,4 +1,4 @@
-"""Serve's own schema, made strict: pydantic ignores what it does not know, and so would a typo be."""
+"""Serve's own schema, made strict: pydantic ignores unknown keys, and so would miss typos."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ray.serve.schema import ServeDeploySchema
 
 
 def validate(config: dict[str, Any]) -> ServeDeploySchema:
-    """Raises `ValueError` that names every key that Serve would ignore, and pydantic's for every wrong value."""
+    """Raise a `ValueError` that names every key that Serve would ignore, or pydantic's error for wrong values."""
     unknown = list(unknown_keys(config, ServeDeploySchema))
     if unknown:
         raise ValueError(f"Serve does not know {', '.join(unknown)}")
@@ -18,7 +18,7 @@ def validate(config: dict[str, Any]) -> ServeDeploySchema:
 
 
 def unknown_keys(value: Any, annotation: Any, place: str = "") -> Iterator[str]:
-    """The places of all keys in `value` that no model in `annotation` has as a field."""
+    """The paths of all keys in `value` that are not a field of any model in `annotation`."""
     if isinstance(value, list):
         for index, item in enumerate(value):
             yield from unknown_keys(item, annotation, f"{place}[{index}]")

@@ -1,4 +1,4 @@
-"""The KubeRay manifests, as far as they can be judged without a Kubernetes: names, ports, volumes and times agree."""
+"""The KubeRay manifests, as far as they can be checked without Kubernetes: names, ports, volumes and times agree."""
 
 from __future__ import annotations
 

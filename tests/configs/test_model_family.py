@@ -1,4 +1,4 @@
-"""What the families' data promises: held against the tiny models and the installed diffusers."""
+"""The families' data, checked against the tiny models and the installed diffusers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILES = sorted(
 )
 FAMILIES = sorted(families(), key=lambda family: family.name)
 NEVER_PASSED = {"flow_shift"}
-"""Parameters that do not reach the pipeline's call but its scheduler."""
+"""Parameters that go to the pipeline's scheduler, not to its call."""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_model_index_alone_tells_the_pipeline(name: str, directory: Path) -> Non
 def test_sd3_and_its_successors_are_sampled_differently(
     name: str, num_inference_steps: int, guidance_scale: float, directory: Path
 ) -> None:
-    """Their pipeline and its components are the same. Only the transformer's configuration tells them apart."""
+    """They share a pipeline class and its components; only the transformer's configuration tells them apart."""
     family = family_in(tiny_models.save(name, directory))
     assert family is not None
     defaults = family.defaults
@@ -72,13 +72,13 @@ def test_sd3_and_its_successors_are_sampled_differently(
 
 
 def test_a_picture_of_wan_22_has_its_own_shift() -> None:
-    """Upstream's goes with the tokens of a clip, 21 times as many."""
+    """Upstream's is for a video, which has 21 times as many tokens."""
     wan = next(family for family in FAMILIES if family.name == "wan2.2-t2v")
     assert [wan.defaults_for(task).flow_shift for task in ("text_to_video", "text_to_image")] == [12.0, 3.0]
 
 
 def test_families_that_match_the_same_model_differ_in_what_they_demand() -> None:
-    """Otherwise their order, and with it the family of a model, would hang on their names."""
+    """Otherwise their names would decide their order, and with it the family of a model."""
     demands = [
         (pipeline, str(family.match.config), family.match.components, str(family.match.component_config))
         for family in FAMILIES
@@ -134,7 +134,7 @@ def test_tokens_are_squares_in_groups_of_frames(width: int, height: int, num_fra
 
 @pytest.mark.parametrize("family", FAMILIES, ids=by_name)
 def test_by_default_an_edit_by_strength_sees_its_image(family: ModelFamily) -> None:
-    """diffusers leaves out the first `int(steps * (1 - strength))` steps: with none left out it starts from noise."""
+    """diffusers skips the first `int(steps * (1 - strength))` steps; if it skips none, it starts from noise."""
     if "strength" not in call_parameters(family.tasks.get("image_edit", "FluxPipeline")):
         return
     defaults = family.defaults_for("image_edit")
@@ -154,7 +154,7 @@ def test_every_number_has_its_source_beside_it(file: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=by_name)
 def test_numbers_called_a_diffusers_default_are_one(family: ModelFamily) -> None:
-    """Of the pipeline that makes something from text, or of any other of the family."""
+    """A default of any of the family's pipelines counts, not only of the one that generates from text."""
     text = (Path(str(resources.files("configs"))) / "models" / f"{family.name}.yaml").read_text()
     called = re.findall(r"^\s+(\w+): (-?[\d.]+) # diffusers default", text, re.MULTILINE)
     defaults = {
@@ -163,7 +163,7 @@ def test_numbers_called_a_diffusers_default_are_one(family: ModelFamily) -> None
         for name, parameter in inspect.signature(getattr(diffusers, class_name).__call__).parameters.items()
         if isinstance(parameter.default, int | float)
     }
-    # Image pipelines compute the size in their body: 128 latents of 8 pixels, or 1024 as such.
+    # Image pipelines set the size in the body of the call: as 128 latents of 8 pixels, or simply as 1024.
     size = {(name, 1024.0) for name in ("width", "height") if (name, 832.0) not in defaults}
     assert {(name, float(value)) for name, value in called} <= defaults | size
 

@@ -1,4 +1,4 @@
-"""The degrees of parallelism make up the number of GPUs, or the message is the equation that they break."""
+"""The degrees of parallelism multiply to the number of GPUs, or the error is the equation that they break."""
 
 from __future__ import annotations
 

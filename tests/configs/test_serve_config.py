@@ -1,4 +1,4 @@
-"""`serve_config.yaml` is one that Serve and `ServerArgs` take whole, and teaches every argument."""
+"""Serve and `ServerArgs` accept every key of `serve_config.yaml`, and it shows every argument."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.configs.strict_schema import validate
 REPOSITORY = Path(__file__).parents[2]
 
 SET_ELSEWHERE = {"host", "port", "metrics_port", "sp_degree", "num_cpus_per_rank"}
-"""Host and port stand in `http_options`, the port of the metrics is the cluster's; the others repeat or fine-tune what
-is there."""
+"""Host and port are set in `http_options`, and the metrics port belongs to the cluster. The others repeat or fine-tune
+arguments that are shown."""
 
 
 @pytest.fixture

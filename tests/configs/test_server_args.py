@@ -1,4 +1,4 @@
-"""One model behind the flags, the YAML and Python: what it takes and what it refuses."""
+"""The one model behind the flags, the YAML and Python: what it accepts and what it refuses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_an_unknown_key_is_an_error_that_names_it() -> None:
 
 
 def test_null_means_left_out() -> None:
-    """`port:` with nothing behind it reads as null in YAML."""
+    """YAML reads `port:` with nothing after it as null."""
     assert ServerArgs(port=None, lora_nickname=None, num_gpus=None) == ServerArgs()
 
 

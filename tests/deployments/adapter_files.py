@@ -11,7 +11,7 @@ SIZE = 100
 
 
 class AdapterFiles:
-    """Adapters by path, with a version each; everything else is refused as the engine refuses it."""
+    """Adapters by path, each with a version; any other path is refused as the engine refuses it."""
 
     def __init__(self) -> None:
         self.versions = dict.fromkeys("abcd", 1)

@@ -1,4 +1,4 @@
-"""An engine for tests of what surrounds one: it gives real events in real time, and keeps a journal on the disk."""
+"""An engine for tests of its surroundings: it yields real events in real time and keeps a journal on disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipelines.job import Event, Job, Media, Output, Progress, Result
 
 
 class StepEngine:
-    """Takes the steps it is allowed to take, by tests in any process. Its pixels depend on the job and its inputs."""
+    """Takes only the steps that tests, in any process, allow. Its pixels depend on the job and its inputs."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -33,7 +33,7 @@ class StepEngine:
         self._write_journal(job, "ended")
 
     def allow(self, video_id: str, steps: int) -> None:
-        """Let a job come as far as this step; with 0 it does not begin. A job that nobody limits takes all at once."""
+        """Let a job run up to this step; with 0 it does not begin. A job without a limit takes all steps at once."""
         (self.folder / f"{video_id}.limit").write_text(str(steps))
 
     def journal(self, video_id: str) -> list[str]:
@@ -41,7 +41,7 @@ class StepEngine:
         return [what for video, what, _ in self._lines() if video == video_id]
 
     def pid(self) -> int:
-        """Of the process in which the last job began."""
+        """The id of the process in which the last job began."""
         return [int(pid) for _, what, pid in self._lines() if what == "began"][-1]
 
     def _lines(self) -> list[list[str]]:

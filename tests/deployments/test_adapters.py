@@ -128,7 +128,7 @@ async def test_a_freed_nickname_frees_the_factors_unless_another_stands_for_them
     await registry.factors("a@1")
     assert files.loads == ["a"]
     registry.forget("other")
-    await registry.factors("a@1")  # for a job that was accepted before
+    await registry.factors("a@1")  # for a job that was accepted earlier
     assert files.loads == ["a", "a"]
 
 

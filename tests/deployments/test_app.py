@@ -1,4 +1,4 @@
-"""`build`, where a state actor lives already: it goes on with the Serve that runs now."""
+"""`build` where a state actor already exists: its jobs go to the Serve that runs now."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 class ReadyEngine:
-    """In place of the Engine: every video is computed already."""
+    """In place of the Engine: every video is finished at once."""
 
     async def generate(self, job: Job, media: Media, progress: bool, asker: str) -> AsyncGenerator[Event, None]:
         yield Progress(0, job.num_inference_steps)
@@ -32,7 +32,7 @@ class ReadyEngine:
 
 
 def serve_anew(args: ServerArgs) -> None:
-    """What `serve run` does on a cluster that is there already."""
+    """What `serve run` does on an existing cluster."""
     serve.start(proxy_location="Disabled")
     build(args)
     serve.run(serve.deployment(ReadyEngine, name="Engine").bind(), name=APPLICATION, route_prefix=None)
@@ -40,7 +40,7 @@ def serve_anew(args: ServerArgs) -> None:
 
 @pytest.fixture
 def args(tmp_path: Path) -> Iterator[ServerArgs]:
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers need not find the tests
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers need not import the tests
     yield ServerArgs(output_path=str(tmp_path / "outputs"), state_path=str(tmp_path / "jobs.sqlite3"))
     serve.shutdown()
     forget_state_actor()
@@ -54,12 +54,12 @@ async def compute(actor: ActorHandle, video_id: str) -> None:
 
 
 async def test_a_state_actor_stays_as_long_as_its_serve(args: ServerArgs) -> None:
-    """Its handle of the engine of a Serve that was shut down would wait for replicas without end; and a server that is
-    started elsewhere would find its files in use."""
+    """After that Serve was shut down, the actor's handle of the engine would wait for replicas forever, and a server
+    started elsewhere would find the actor's files in use."""
     serve_anew(args)
     state = state_actor(args, connect_engine)
     await compute(state, "video_1")
-    build(args)  # deployed once more
+    build(args)  # redeployed
     assert state_actor(args, connect_engine) == state
     await compute(state, "video_2")
     serve.shutdown()

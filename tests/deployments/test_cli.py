@@ -157,7 +157,7 @@ def test_the_ready_line_says_what_computes(flags: dict[str, Any], ranks: str) ->
 
 @pytest.fixture
 def signalled_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], int]]:
-    """The exit status of a server that gets a signal when it is ready, and again when it stops."""
+    """The exit status of a server that gets a signal once it is ready, and again while it stops."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may themselves run under `nohup`
@@ -192,11 +192,11 @@ def test_a_server_outlives_its_terminal_under_nohup(signalled_server: Callable[[
 
 @pytest.mark.e2e
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(tmp_path: Path) -> None:
-    """Also beside a cluster of somebody else's `ray start`, which it was not told to join."""
+    """Even beside a cluster from somebody else's `ray start`, which it was not told to join."""
     (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
     command = [sys.executable, "-m", "deployments.cli", "serve", "--port", str(*free_ports(1))]
     command += ["--model-path", str(tmp_path), "--state-path", str(tmp_path / "jobs.sqlite3")]
-    with TemporaryDirectory(prefix="ray-") as folder:  # the path of a socket has room for 107 characters
+    with TemporaryDirectory(prefix="ray-") as folder:  # a socket's path has at most 107 characters
         Path(folder, "ray").mkdir()
         Path(folder, "ray", "ray_current_cluster").write_text("127.0.0.1:1")
         environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder}

@@ -1,4 +1,4 @@
-"""What the HTTP side and the state actor make of an engine that is not there."""
+"""How the HTTP side and the state actor handle an engine that is not there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipelines.job import Job, Progress, Task
 
 
 class Stream:
-    """What a streaming handle gives: events, then an error if there is one."""
+    """What a streaming handle yields: events, then an error if there is one."""
 
     def __init__(self, *outcome: Progress | Exception):
         self._outcome = outcome
@@ -35,7 +35,7 @@ class Stream:
 
 
 def client(*streams: Stream) -> EngineClient:
-    """Of an engine that answers calls of `generate` with these streams, one after the other."""
+    """A client of an engine whose calls of `generate` return these streams, one after the other."""
     calls = iter(streams)
     handle: Any = SimpleNamespace(generate=SimpleNamespace(remote=lambda *_: next(calls)))
     handle.options = lambda stream: handle

@@ -1,4 +1,4 @@
-"""The engine over a gang without ranks: what becomes of jobs that are asked for twice, and of a gang that is gone."""
+"""The engine over a gang without ranks: what happens to jobs that are requested twice, and when a gang is lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipelines.job import Event, Job, Media, Output, Progress, Result, Task
 
 
 class StepwiseGang:
-    """Takes a step for each `allow`, and heeds orders as ranks do: at the end of a step, by the job's id."""
+    """Takes the steps that `allow` permits, and obeys orders as ranks do: at the end of a step, by the job's id."""
 
     def __init__(self, args: ServerArgs, placement_group: object):
         self.loaded = True
@@ -28,11 +28,11 @@ class StepwiseGang:
         self.is_lost = False
         self.began: list[str] = []
         self.breaks_under: list[str] = []
-        """Jobs under which it breaks, each time they are named here."""
+        """Jobs under which it breaks, once for each time they are listed."""
         self.failure: TooLarge | None = None
-        """Why it breaks, if that is the job's own fault."""
+        """Why it breaks, if the job itself is the cause."""
         self.tells_every = 1
-        """Of so many steps one is told."""
+        """It reports one step in so many."""
         self._orders: dict[str, type[Exception]] = {}
         self._steps = asyncio.Semaphore(0)
 
@@ -173,7 +173,7 @@ async def test_a_job_that_waits_is_taken_over_too(engine: Engine) -> None:
 
 
 async def test_the_videos_of_a_state_actor_that_is_gone_are_not_computed_for_nobody(engine: Engine) -> None:
-    """The next one may ask other replicas for them."""
+    """The next state actor may request them from other replicas."""
     gang = engine.gang
     left = [asked_for(engine, f"video_{number}", asker="a life that ended") for number in range(3)]
     await until(lambda: gang.began == ["video_0"])
@@ -188,7 +188,7 @@ async def test_the_videos_of_a_state_actor_that_is_gone_are_not_computed_for_nob
 
 async def test_an_order_that_comes_late_loses_no_job(engine: Engine) -> None:
     gang = engine.gang
-    gang.stop("video_1")  # meant for an asking that had ended when it came
+    gang.stop("video_1")  # meant for a request that had already ended
     asked = asked_for(engine)
     gang.allow(5)
     assert steps_of(await asyncio.wait_for(asked, 5)) == [0, 1, 2, 3, 4]

@@ -1,4 +1,4 @@
-"""Keys: where they come from, who presents which, and that they are seen nowhere."""
+"""Keys: where they come from, who presents which, and that they show up nowhere."""
 
 from __future__ import annotations
 

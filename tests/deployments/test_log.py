@@ -1,4 +1,4 @@
-"""The log's lines: ids to grep for, and nothing of a client's."""
+"""The log's lines: ids to grep for, and nothing that a client wrote."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECRETS = {"prompt": "a secret prompt", "key": "sk-secret", "path": "secret.png"
 
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
-    """Logging is the process's: leave it to the other tests as they know it."""
+    """Logging is global to the process: restore it for the other tests."""
     loggers = [logging.getLogger(name) for name in log.LOGGERS]
     before = [(logger.level, logger.handlers, logger.propagate) for logger in loggers]
     yield
@@ -31,7 +31,7 @@ def as_it_was() -> Iterator[None]:
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[], list[str]]]:
-    """Configure the log as the server is told to. What is given then gives the lines."""
+    """A function that configures the log with a server's arguments, and returns one that gives the lines."""
 
     def configure(**args: str) -> Callable[[], list[str]]:
         stream = io.StringIO()

@@ -1,4 +1,4 @@
-"""Why a server does not start, as the command line tells it."""
+"""Why a server does not start, as the command line reports it."""
 
 from __future__ import annotations
 

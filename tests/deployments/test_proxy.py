@@ -1,4 +1,4 @@
-"""HAProxy as Serve runs it for this server: who leaves it is noticed by the replica behind it."""
+"""HAProxy as Serve runs it for this server: the replica behind it notices when a client disconnects."""
 
 import asyncio
 import socket
@@ -27,7 +27,7 @@ application = FastAPI()
 @serve.deployment(max_ongoing_requests=10 * CLIENTS)
 @serve.ingress(application)
 class WaitingRoom:
-    """Answers nobody, as a plain image call does while it is computed: a request ends when its client leaves."""
+    """Never responds, like a plain image call that is being computed: a request ends when its client disconnects."""
 
     def __init__(self) -> None:
         self.waiting: set[int] = set()
@@ -53,7 +53,7 @@ def port() -> Iterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # Not pytest's folder: the path of a Unix socket has room for 107 characters.
+    # Not pytest's folder: the path of a Unix socket has at most 107 characters.
     with TemporaryDirectory(prefix="ditserve-") as folder:
         environment = private_proxy_environment(folder)
         serve.start(
@@ -78,12 +78,12 @@ async def http(port: int) -> AsyncIterator[httpx2.AsyncClient]:
 
 
 async def enter(port: int, client: int, body: bytes) -> asyncio.StreamWriter:
-    """Send a request as most HTTP clients do: the headers, then the body by itself."""
+    """Send a request as most HTTP clients do: the headers, then the body separately."""
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     headers = f"POST /wait/{client} HTTP/1.1\r\nHost: server\r\nContent-Length: {len(body)}\r\n\r\n"
     writer.write(headers.encode())
     await writer.drain()
-    await asyncio.sleep(0.1)  # HAProxy has passed the headers on, and finds the body alone
+    await asyncio.sleep(0.1)  # HAProxy has passed the headers on, and gets the body alone
     writer.write(body)
     await writer.drain()
     return writer
@@ -96,7 +96,7 @@ async def until_waiting(http: httpx2.AsyncClient, clients: list[int], seconds: f
         await asyncio.sleep(0.02)
 
 
-# Where HAProxy splices request bodies, all ten of the first two sizes are overlooked.
+# If HAProxy splices request bodies, all ten disconnects go unnoticed at each of the first two sizes.
 @pytest.mark.parametrize("body_bytes", [100, 10_000, 1_000_000])
 async def test_everyone_who_leaves_is_noticed_within_a_second(
     port: int, http: httpx2.AsyncClient, body_bytes: int

@@ -1,4 +1,4 @@
-"""What a rank tells of its steps and its failures, and with how many threads it takes them."""
+"""What a rank reports of its steps and failures, and how many threads it uses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ JOB = Job(id="job", task=Task.TEXT_TO_IMAGE, prompt="p", width=64, height=64, nu
 
 
 class PacedRank(Rank):
-    """Takes four steps of so many seconds."""
+    """Takes four steps of `seconds` each."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -53,7 +53,7 @@ def test_no_step_is_told_to_who_does_not_ask() -> None:
 
 
 class FailingRank(Rank):
-    """Computes a step, and fails."""
+    """Computes one step, then fails."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception]):
         self.model = SimpleNamespace(device=torch.device("cpu"))  # type: ignore[assignment]
@@ -68,11 +68,11 @@ class FailingRank(Rank):
             raise error()
 
         monkeypatch.setattr(generation, "generate", fail)
-        monkeypatch.setattr(rank_module.logger, "disabled", True)  # pytest keeps what is logged, with its frames
+        monkeypatch.setattr(rank_module.logger, "disabled", True)  # pytest keeps log records, with their frames
 
 
 class Latents:
-    """What takes gigabytes on a GPU."""
+    """Stands in for what takes gigabytes on a GPU."""
 
 
 @pytest.fixture
@@ -116,8 +116,8 @@ def test_a_process_ends_that_cannot_compute_any_more(monkeypatch: pytest.MonkeyP
         (500_000, 64 * 64 * 5, 8, 1),
         (500_000, 256 * 256 * 17, 8, 8),
         (4_000_000, 64 * 64, 8, 8),
-        (0, 64 * 64, 8, 8),  # not known
-        (4_000_000, 64 * 64, 0, 1),  # of four ranks on two cores
+        (0, 64 * 64, 8, 8),  # of unknown size
+        (4_000_000, 64 * 64, 0, 1),  # one of four ranks on two cores
     ],
 )
 def test_threads_share_what_is_worth_sharing(weights: int, pixels: int, cores: int, threads: int) -> None:

@@ -1,4 +1,4 @@
-"""How often a gang is started again before it is given up."""
+"""How often a gang is restarted before it is given up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REFUSED = ValueError("there is no such model")
 
 
 class ScriptedGang:
-    """Starts as told: fails with the next of `failures`, and once there are none is there."""
+    """Fails to start with each of `failures` in turn, then starts."""
 
     def __init__(self, *failures: Exception):
         self.failures = list(failures)
@@ -31,7 +31,7 @@ class ScriptedGang:
 
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What was waited for, in no time."""
+    """The pauses that were requested; they take no time."""
     waited: list[float] = []
 
     async def sleep(seconds: float) -> None:

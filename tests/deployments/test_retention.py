@@ -45,7 +45,7 @@ def a_job(name: str) -> Job:
 
 
 VIDEO_BYTES = sum(len(data) for data in video_files("video", pixels(a_job("video"), {})).values())
-"""What a video of the test's engine takes on the disk."""
+"""What a video of the test's engine takes on disk."""
 
 
 @asynccontextmanager
@@ -82,7 +82,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 def kept(folder: Path) -> set[str]:
-    """The videos and pictures whose files are on the disk."""
+    """The videos and images whose files are on disk."""
     return {path.stem.rpartition("-")[0] for path in (folder / "outputs").rglob("*") if path.is_file()}
 
 
@@ -95,7 +95,7 @@ async def test_what_is_too_old_goes_with_its_files_and_not_before(tmp_path: Path
         await make(state, "video_1")
         await make(state, "image_1")
         video = await state.get_video("video_1")
-        assert video.expires_at - video.completed_at in (1, 2)  # whole seconds of each
+        assert video.expires_at - video.completed_at in (1, 2)  # both in whole seconds
         await asyncio.sleep(0.5)
         assert (kept(tmp_path), await recorded(state)) == ({"video_1", "image_1"}, {"video_1"})
         await until(lambda: kept(tmp_path) == set())
@@ -167,6 +167,6 @@ async def test_a_file_that_cannot_be_deleted_now_goes_at_the_next_start(
             await asyncio.sleep(0.3)
             assert (await recorded(state), kept(tmp_path)) == (set(), {"video_1"})
         await make(state, "video_2")
-        await until(lambda: kept(tmp_path) == {"video_1"})  # and it goes on with others
+        await until(lambda: kept(tmp_path) == {"video_1"})  # and it continues with the others
     async with a_life(tmp_path, engine):
         assert kept(tmp_path) == set()

@@ -1,4 +1,4 @@
-"""Who is next: the rule of `deployments.schedule`, and in a simulation that it starves nobody."""
+"""Which job is next: the rule of `deployments.schedule`, and a simulation that shows that it starves none."""
 
 import random
 from itertools import pairwise
@@ -33,7 +33,7 @@ def schedule_of(*tickets: Ticket, max_images: int = 1000, preemption: bool = Tru
 
 
 def order(schedule: Schedule, merged: tuple[LoRASpec, ...] = ()) -> list[str]:
-    """The names in the order they are taken; each leaves its adapters merged."""
+    """The job ids in the order they are taken; each job leaves its adapters merged."""
     names = []
     while len(schedule):
         chosen = schedule.take(merged)
@@ -110,8 +110,8 @@ def test_seconds_waited_add_up_over_the_turns() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_nobody_starves_under_a_load_that_never_ends(seed: int) -> None:
-    """One gang, more work than it can do: between two turns of any job there are never more than those that were
-    there before it, and `MAX_OVERTAKEN` others for each of them and itself."""
+    """One gang with more work than it can do: between two turns of a job come at most the turns of the jobs ahead of
+    it and, for each of those and its own, `MAX_OVERTAKEN` others."""
     chance = random.Random(seed)
     schedule = Schedule(1000)
     merged: tuple[LoRASpec, ...] = ()
@@ -130,7 +130,7 @@ def test_nobody_starves_under_a_load_that_never_ends(seed: int) -> None:
         merged = chosen.job.lora
         patience.pop(chosen, None)
         for each in schedule:
-            # A video ahead takes a turn per step.
+            # A video ahead takes one turn per step.
             bound = sum(steps_left[other] for other, index in older.items() if index <= older[each])
             patience.setdefault(each, (bound + 1) * (MAX_OVERTAKEN + 1))
             patience[each] -= 1

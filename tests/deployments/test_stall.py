@@ -1,4 +1,4 @@
-"""When a job counts as stuck, by a clock that the test turns."""
+"""When a job counts as stuck, by a clock that the test sets."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ while True:
 
 @pytest.fixture
 def writer(tmp_path: Path) -> Iterator[subprocess.Popen]:
-    """A process that replaces the same file again and again, by another content each time."""
+    """A process that replaces the same file again and again, with different content each time."""
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(SIZE)], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
     yield process
@@ -105,7 +105,7 @@ def test_a_process_killed_in_the_middle_of_put_leaves_no_half_file(writer: subpr
         os.waitpid(writer.pid, os.WUNTRACED)
         assert storage.read("videos/clip.mp4") in (b"a" * SIZE, b"b" * SIZE)
         if len(list(file.parent.iterdir())) == 2:
-            break  # it is writing aside
+            break  # it is writing beside the file
         os.kill(writer.pid, signal.SIGCONT)
         time.sleep(0.003)
     else:

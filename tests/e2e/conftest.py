@@ -17,7 +17,7 @@ PUBLIC_URL = "https://pictures.example/base/"
 TWO_EXPERTS = "wan2.2-t2v"
 MAX_QUEUE = 3
 MAX_RETRIES = 1
-"""Of `gang_of_two`."""
+"""Limits of `gang_of_two`."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The bundled model on one rank, for all tests that leave no trace in it.
 
-    It makes pictures and clips from a prompt, clips from a picture, and edits pictures, but without a mask.
+    It makes images and videos from a prompt and videos from an image, and edits images, but without a mask.
     """
     with running_server(tmp_path_factory.mktemp("server"), *FLOAT32) as running:
         yield running
@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="package")
 def painter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A tiny FLUX.1, which makes, edits and inpaints pictures and nothing else, behind a public URL."""
+    """A tiny FLUX.1, which only makes, edits and inpaints images, behind a public URL."""
     folder = tmp_path_factory.mktemp("painter")
     model = tiny_models.save("flux1", folder)
     with running_server(folder, "--model-path", str(model), "--public-url", PUBLIC_URL) as running:
@@ -53,7 +53,7 @@ def metrics_port() -> int:
 
 @pytest.fixture(scope="package")
 def gang_of_two(tmp_path_factory: pytest.TempPathFactory, metrics_port: int) -> Iterator[Server]:
-    """A tiny Wan 2.2, whose two experts do the early and the late steps, on two ranks behind a short queue."""
+    """A tiny Wan 2.2, whose two experts compute the early and the late steps, on two ranks behind a short queue."""
     folder = tmp_path_factory.mktemp("gang_of_two")
     model = tiny_models.save(TWO_EXPERTS, folder)
     limits = ("--max-queue", str(MAX_QUEUE), "--max-retries", str(MAX_RETRIES))
@@ -64,7 +64,7 @@ def gang_of_two(tmp_path_factory: pytest.TempPathFactory, metrics_port: int) -> 
 
 @pytest.fixture(scope="session")
 def trained() -> list[Trained]:
-    """Two adapters for the bundled model, by PEFT."""
+    """Two adapters for the bundled model, made by PEFT."""
     transformer = WanTransformer3DModel.from_pretrained(model_directory() / "transformer")
     return [
         train(transformer, ["to_q", "to_v"], r=4, lora_alpha=4, seed=1),
@@ -74,7 +74,7 @@ def trained() -> list[Trained]:
 
 @pytest.fixture(scope="session")
 def adapters(trained: list[Trained], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Paths of both, named as in the documents. All tests of `server` share them, and what nicknames stand for."""
+    """Paths of both, named as in the documents. All tests of `server` share them, and the meaning of nicknames."""
     folder = tmp_path_factory.mktemp("adapters")
     first, second = (
         save(with_prefix("transformer.", adapter.state), folder / f"{name}.safetensors")

@@ -1,7 +1,7 @@
 """Several hosts on one machine: network namespaces on one virtual switch, each with an address of its own.
 
-They share the file system, but for Ray's temporary folder, and a user namespace that makes the caller their root:
-nothing outside of them changes, and all is gone when their processes are.
+They share the file system, except for Ray's temporary folder, and a user namespace that makes the caller their root.
+Nothing outside them changes, and all of it is gone when their processes are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 NETWORK = "10.77.0"
 
 RAY_FOLDER = Path("/tmp/ray")
-"""Two nodes of a cluster that share it take each other's address for their own."""
+"""Two nodes of a cluster that share it mistake each other's address for their own."""
 
 NEW_USER = ("unshare", "--user", "--map-root-user", "--net", "--mount")
 
@@ -32,11 +32,11 @@ class Host:
     address: str
 
     def command(self, *command: str) -> list[str]:
-        """`command`, to be run on this host."""
+        """`command`, to run on this host."""
         return [*_entering(self.holder), *command]
 
     def request(self, method: str, url: str, body: Any = None) -> tuple[int, bytes]:
-        """The status and the body of an HTTP answer, asked for from this host; status 0 when there is none."""
+        """The status and body of the response to an HTTP request from this host; status 0 if there is none."""
         command = ["curl", "--silent", "--max-time", "120", "--request", method, "--write-out", "\n%{http_code}", url]
         if body is not None:
             command += ["--header", "content-type: application/json", "--data", json.dumps(body)]
@@ -52,7 +52,7 @@ def can_be_made() -> bool:
 
 @contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
-    """`count` hosts that reach each other."""
+    """`count` hosts that can reach each other."""
     RAY_FOLDER.mkdir(exist_ok=True)
     with ExitStack() as stack:
         switch = stack.enter_context(_held_open(NEW_USER))
@@ -67,10 +67,10 @@ def hosts(count: int) -> Iterator[list[Host]]:
             _run(holder, "ip link set lo up")
             _run(holder, f"ip address add {host.address}/24 dev eth0")
             _run(holder, "ip link set eth0 up")
-            # Ray asks for the address towards the internet.
+            # Ray looks up its address on the route to the internet.
             _run(holder, "ip route add default dev eth0")
             _run(holder, f"mount -t tmpfs tmpfs {RAY_FOLDER}")
-            # No name server can be reached, and whoever asks one (torch does) would wait for it.
+            # No name server can be reached, and a lookup (torch does one) would wait for it.
             _run(holder, "mount --bind /dev/null /etc/resolv.conf")
             found.append(host)
         yield found
@@ -83,7 +83,7 @@ def _entering(holder: subprocess.Popen[bytes]) -> list[str]:
 
 @contextmanager
 def _held_open(unshare: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """New namespaces, for as long as the context lasts."""
+    """New namespaces that last as long as the context."""
     before = Path("/proc/self/ns/net").readlink()
     with subprocess.Popen([*unshare, "sleep", "infinity"]) as holder:
         try:

@@ -1,6 +1,6 @@
-"""Every call that LiteLLM has for pictures and videos, against the server at the given base URL.
+"""Every call that LiteLLM has for images and videos, against the server at the given base URL.
 
-Runs in an environment of its own (LiteLLM needs another openai), so it prints what it got as JSON for a test to judge.
+Runs in its own environment (LiteLLM needs another openai), so it prints what it got as JSON for a test to check.
 """
 
 from __future__ import annotations

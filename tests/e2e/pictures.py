@@ -1,4 +1,4 @@
-"""Pictures to send, and what comes back decoded."""
+"""Images to send, and decoders for what comes back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def picture(size: tuple[int, int] = (64, 64), mode: str = "RGB", image_format: str = "PNG") -> bytes:
-    """One colour; with an alpha channel, transparent all over."""
+    """An image of one colour; with an alpha channel, fully transparent."""
     buffer = io.BytesIO()
     Image.new(mode, size, (200, 100, 50, 0)[: len(mode)]).save(buffer, image_format)
     return buffer.getvalue()
@@ -23,7 +23,7 @@ def opened(data: bytes) -> Image.Image:
 
 
 def pixels(data: bytes) -> np.ndarray:
-    """A picture as `(height, width, 3)` of 0 to 255."""
+    """An image as `(height, width, 3)` of 0 to 255."""
     return np.asarray(opened(data).convert("RGB"), np.int16)
 
 

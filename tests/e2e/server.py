@@ -1,4 +1,4 @@
-"""A real server: the installed command in a process of its own, on a free port, with state in a folder of its own."""
+"""A real server: the `ditserve` command in its own process, on a free port, with state in its own folder."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from openai import AsyncOpenAI, OpenAI
 from deployments.cluster import free_ports
 
 START_SECONDS = 180.0
-"""Patience with a start on a loaded machine; a start in quiet takes 10 to 20 s."""
+"""How long a start may take on a loaded machine; on an idle one it takes 10 to 20 s."""
 
 ANSWER_SECONDS = 300.0
-"""Patience with one request."""
+"""How long one request may take."""
 
 FLOAT32 = ("--dtype", "fp32")
 """Flags of servers whose pixels are compared, on one rank and on four: bfloat16, the default on CPUs with AMX, rounds
-otherwise where the shapes are others."""
+differently for different shapes."""
 
 MARK = "DITSERVE_TEST_SERVER"
-"""Environment variable by which a server's processes are known, also when their parents have gone."""
+"""Environment variable that marks a server's processes, even when their parents are gone."""
 
 SMALL: Mapping[str, Any] = {"prompt": "a calico cat", "size": "64x64", "num_inference_steps": 2}
-"""A request that a CPU answers in a blink."""
+"""A request that a CPU computes in a moment."""
 
 SHORT: Mapping[str, Any] = {**SMALL, "num_frames": 5}
-"""The same for a clip."""
+"""The same for a video."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Server:
         return httpx2.Client(base_url=self.base_url, timeout=ANSWER_SECONDS)
 
     def openai(self, *, strict: bool = True) -> OpenAI:
-        """OpenAI's client; a strict one raises for every answer that its models do not allow."""
+        """OpenAI's client; a strict one raises for every response that its models do not allow."""
         return OpenAI(**self._openai_settings, _strict_response_validation=strict)
 
     def async_openai(self) -> AsyncOpenAI:
@@ -68,13 +68,13 @@ class Server:
         return {"base_url": f"{self.base_url}/v1", "api_key": "any", "max_retries": 0, "timeout": ANSWER_SECONDS}
 
     def picture(self, **fields: Any) -> bytes:
-        """Make a small picture: the bytes of its PNG."""
+        """Make a small image; return the bytes of its PNG."""
         answer = self.http.post("/v1/images/generations", json={**SMALL, **fields})
         assert answer.status_code == 200, answer.text
         return b64decode(answer.json()["data"][0]["b64_json"])
 
     def create_video(self, **fields: Any) -> dict[str, Any]:
-        """Start a short clip: its object."""
+        """Start a short video; return its object."""
         answer = self.http.post("/v1/videos", json={**SHORT, **fields})
         assert answer.status_code == 200, answer.text
         return answer.json()
@@ -85,7 +85,7 @@ class Server:
         return answer.json()
 
     def wait_for_video(self, video_id: str, until: Callable[[dict[str, Any]], bool] | None = None) -> dict[str, Any]:
-        """The video's object when `until` is true of it; without `until`, when it is completed or failed."""
+        """The video's object once `until` is true of it or, without `until`, once it is completed or failed."""
         deadline = time.monotonic() + ANSWER_SECONDS
         while time.monotonic() < deadline:
             video = self.video(video_id)
@@ -93,12 +93,12 @@ class Server:
             if until(video) if until else ended:
                 return video
             assert not ended, video
-            # A look costs the server's processes some 10 ms of CPU: one every 5 ms doubled a short clip's time.
+            # A poll costs the server's processes some 10 ms of CPU: one every 5 ms doubled a short video's time.
             time.sleep(0.05)
         raise TimeoutError(video)
 
     def clip(self, **fields: Any) -> bytes:
-        """Make a short clip: the bytes of its MP4."""
+        """Make a short video; return the bytes of its MP4."""
         video = self.wait_for_video(self.create_video(**fields)["id"])
         assert video["status"] == "completed", video
         answer = self.http.get(f"/v1/videos/{video['id']}/content")
@@ -106,15 +106,15 @@ class Server:
         return answer.content
 
     def processes(self, title: str = "") -> list[psutil.Process]:
-        """Every living process that the server has started, itself among them, whose title starts with `title`."""
+        """Every living process of the server, including itself, whose title starts with `title`."""
         return marked_processes(str(self.port), title)
 
     def ranks(self) -> list[psutil.Process]:
-        """Rank 0, the leader, first: they are spawned one after the other."""
+        """All ranks, rank 0 (the leader) first: they are spawned one after the other."""
         return sorted(self.processes("ray::Rank"), key=lambda process: process.create_time())
 
     def stop(self, signal_number: int = signal.SIGTERM) -> int:
-        """Send a signal to the server's process group, as terminals and supervisors do, and give the exit status."""
+        """Send a signal to the server's process group, as terminals and supervisors do, and return the exit status."""
         os.killpg(self.process.pid, signal_number)
         return self.process.wait(60)
 
@@ -122,7 +122,7 @@ class Server:
 def marked_processes(mark: str, title: str = "") -> list[psutil.Process]:
     """Every living process with this `MARK` in its environment, whose title starts with `title`.
 
-    They are as they were when they were listed, in `info`: any may end while it is looked at.
+    Their `info` dates from the listing: any of them may end at any moment.
     """
     return [
         process
@@ -138,9 +138,9 @@ def says_ready(server: Server) -> bool:
 
 @contextmanager
 def running_server(folder: Path, *flags: str) -> Iterator[Server]:
-    """Start `ditserve serve` with `flags`, wait for its ready line, and end it with Ctrl-C, on which it must end well.
+    """Start `ditserve serve` with `flags`, wait for its ready line, and stop it with Ctrl-C; it must exit with 0.
 
-    A second server over the same folder goes on with the state of the first. None needs a home folder.
+    A second server on the same folder continues with the state of the first. Neither needs a home folder.
     """
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "deployments.cli", "serve", "--port", str(port)]
@@ -162,7 +162,7 @@ def running(
     working_folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
-    """Run `command`, a server on `port` that logs into `folder`, from when it is ready; end it with SIGTERM."""
+    """Run `command`, a server on `port` that logs to `folder`; yield it once it is ready, and end it with SIGTERM."""
     log = folder / f"server-{port}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(

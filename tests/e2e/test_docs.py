@@ -1,4 +1,4 @@
-"""Every example of the documents runs against the real server, in order, as `tests/documentation.py` says."""
+"""Every example of the documents runs against the real server, in order, as `tests/documentation.py` describes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EXAMPLE_SECONDS = 300.0
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where the examples run, with the picture that they send; README's reader stands in the repository."""
+    """Where the examples run: with the image that they send, and `docs`, since README assumes the repository."""
     (tmp_path / "docs").symlink_to(REPOSITORY / "docs")
     Image.radial_gradient("L").convert("RGB").save(tmp_path / "input.png")
     return tmp_path
@@ -54,7 +54,7 @@ def test_the_example_runs(
         command,
         input=program,
         cwd=folder,
-        # python3 in the shell examples is this Python, whatever the machine has.
+        # python3 in the shell examples is this Python, whichever the machine has.
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         text=True,
         capture_output=True,

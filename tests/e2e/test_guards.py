@@ -1,4 +1,4 @@
-"""A server that asks for keys, keeps videos for seconds and logs JSON: what its clients see, and its operator."""
+"""A server that asks for keys, keeps videos for seconds and logs JSON: what its clients and its operator see."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.e2e.server import ANSWER_SECONDS, SHORT, Server, running_server
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 
 ALICE, BOB, ADMIN = "sk-alice-4f1c", "sk-bob-77aa", "sk-admin-90d2"
-"""The first is given in a file, the others as flags."""
+"""The first is passed in a file, the others as flags."""
 
 TTL_SECONDS = 4
 
@@ -95,7 +95,7 @@ def test_a_video_is_its_keys_alone_and_goes_when_its_time_is_over(guarded: Serve
 
 
 def log_lines(server: Server) -> list[dict[str, Any]]:
-    """Our lines in what every process of the server writes to stderr."""
+    """The server's own log lines in what its processes write to stderr."""
     logs = {server.log}
     for process in server.processes():
         with suppress(OSError):

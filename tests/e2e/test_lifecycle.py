@@ -1,4 +1,4 @@
-"""The end of a server, and its next beginning."""
+"""The end of a server, and its next start."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STOP_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Work:
-    """The videos that a server had when it ended, by what they must be like under the next one."""
+    """The videos that a server had when it ended, and what they must be under the next one."""
 
     finished: dict[str, Any]
     running: str

@@ -1,4 +1,4 @@
-"""A client of another make: LiteLLM, which has its own implementation of edits and videos."""
+"""A client other than OpenAI's: LiteLLM, which has its own implementation of edits and videos."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CLIENT = Path(__file__).with_name("litellm_client.py")
 
 @pytest.fixture(scope="module")
 def answers(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What LiteLLM got, by call."""
+    """What LiteLLM received, by call."""
     file = tmp_path_factory.mktemp("litellm") / "picture.png"
     file.write_bytes(picture())
     (model,) = server.http.get("/v1/models").json()["data"]
     done = subprocess.run(
         [str(PYTHON), str(CLIENT), server.base_url, str(file), model["id"]],
-        # Prices are looked up on the internet unless it is told not to.
+        # LiteLLM looks up prices on the internet unless it is told not to.
         env={**os.environ, "PYTHONPATH": "", "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
         capture_output=True,
         text=True,

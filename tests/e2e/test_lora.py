@@ -1,4 +1,4 @@
-"""Adapters over HTTP: what SGLang's documents show with curl, and what becomes of the pixels."""
+"""Adapters over HTTP: what SGLang's documents show with curl, and the effect on the pixels."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def nothing_merged(server: Server) -> Iterator[None]:
 
 
 def merged(server: Server) -> list[str]:
-    """Nicknames in the weights of the one replica."""
+    """Nicknames of the adapters in the one replica's weights."""
     (replica,) = server.http.get("/v1/list_loras").json()["replicas"].values()
     return [adapter["nickname"] for adapter in replica]
 
 
 def curl(command: str, server: Server, adapters: tuple[str, str]) -> dict[str, Any]:
-    """Run a command of SGLang's documents against `server`, with the paths of real adapters."""
+    """Run a command from SGLang's documents against `server`, with the paths of real adapters."""
     command = command.replace("http://localhost:30010", server.base_url)
     for documented, path in zip(("path/to/A", "path/to/B"), adapters, strict=True):
         command = command.replace(documented, path)

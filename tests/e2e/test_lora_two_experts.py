@@ -1,4 +1,4 @@
-"""Adapters for a model of two experts: one file for both, one for each, and what is told of them."""
+"""Adapters for a model of two experts: one file for both, one for each, and what is reported of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def nothing_merged(gang_of_two: Server) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An adapter for each noise level as trainers save them, without an expert's name, and both in one file."""
+    """An adapter per noise level as trainers save it, without an expert's name; named, both in one file; low alone."""
     folder = tmp_path_factory.mktemp("adapters")
     pipeline = tiny_models.build(TWO_EXPERTS)
     high, low = (

@@ -1,4 +1,4 @@
-"""OpenAI's Python client on every route, strict: it raises for any answer that OpenAI's own types do not allow."""
+"""OpenAI's Python client on every route, strict: it raises for any response that OpenAI's own types do not allow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PICTURE: dict[str, Any] = {"prompt": "a calico cat", "size": "64x64", "extra_bod
 
 VIDEO: dict[str, Any] = {
     "prompt": "a calico cat",
-    # One of the four sizes that the strict client allows in an answer; one frame of it is as much work as a small clip.
+    # One of the four sizes that the strict client allows in a response; one frame is as much work as a small video.
     "size": "1280x720",
     "extra_body": {"num_inference_steps": 1, "num_frames": 1},
 }
@@ -89,7 +89,7 @@ def test_images_edit_with_a_mask_where_the_model_cannot(server: Server) -> None:
 
 @pytest.fixture(scope="module")
 def video(server: Server) -> Iterator[Video]:
-    """A finished video that started from a picture, made with `create_and_poll`."""
+    """A finished video that started from an image, made with `create_and_poll`."""
     client = server.openai()
     reference = ("first-frame.png", picture((1280, 720)), "image/png")
     video = client.videos.create_and_poll(**VIDEO, seconds="4", model="sora-2", input_reference=reference)

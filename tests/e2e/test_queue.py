@@ -138,7 +138,7 @@ def test_a_job_that_breaks_its_workers_each_time_fails_alone(gang_of_two: Server
 
 
 def wait_until_healed(server: Server) -> None:
-    """The ranks are not ready, and then they are."""
+    """Wait until the ranks are not ready, and then until they are."""
     deadline = time.monotonic() + 120
     for status in (503, 200):
         while server.http.get("/ready").status_code != status:
@@ -171,7 +171,7 @@ def test_prometheus_is_told_what_happened_and_nothing_of_what_clients_wrote(
 
 
 def metrics(port: int) -> dict[str, float]:
-    """Our metrics with our labels: Ray adds its own."""
+    """The server's metrics with the server's labels: Ray adds its own."""
     found = {}
     for line in httpx2.get(f"http://127.0.0.1:{port}/metrics").text.splitlines():
         if match := re.match(r"ray_(ditserve_\w+)\{(.*)\} (\S+)$", line):

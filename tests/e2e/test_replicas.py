@@ -1,5 +1,5 @@
-"""Two engine replicas that were started with an adapter: they agree, both get what is set later, each stands in for the
-other."""
+"""Two engine replicas that were started with an adapter: they agree, both get what is set later, and each stands in for
+the other."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def as_started(replicas: Server, adapters: tuple[str, str]) -> Iterator[None]:
 
 
 def merged(server: Server) -> list[list[str]]:
-    """Nicknames in the weights of each replica."""
+    """Nicknames of the adapters in each replica's weights."""
     listed = server.http.get("/v1/list_loras").json()["replicas"]
     return [[adapter["nickname"] for adapter in replica] for replica in listed.values()]
 
 
 def pictures(server: Server, count: int = 8) -> list[bytes]:
-    """The same picture several times at once, so that both replicas have work."""
+    """The same image several times at once, so that both replicas have work."""
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(lambda _: server.picture(**SEED), range(count)))
 
@@ -79,7 +79,7 @@ def test_pictures_that_a_lost_replica_had_begun_are_made_by_the_other(replicas: 
 
 
 def streamed(server: Server, request: dict[str, Any], begun: Barrier | None = None) -> str:
-    """The data of a streamed picture; its first line is waited for by all at `begun`."""
+    """The data of a streamed image; after its first line, it waits at `begun` for the others."""
     with server.http.stream("POST", "/v1/images/generations", json=request) as answer:
         lines = answer.iter_lines()
         next(lines)

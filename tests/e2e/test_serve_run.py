@@ -1,4 +1,4 @@
-"""`serve run serve_config.yaml` gives the server that the command line gives."""
+"""`serve run serve_config.yaml` starts the same server as the command line."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ AUTOSCALING = {
 
 @pytest.fixture(scope="module")
 def deployed() -> Iterator[Server]:
-    """The file as it is, but for its ports, which other tests may be using, float32 as the other server computes in,
-    and an Engine that follows the queue, in quick steps. On SIGTERM it ends with everything it started."""
-    # Not pytest's folder: sockets go here, and the path of a socket has at most 107 characters, of HAProxy's 97.
+    """The file as it is, except for its ports, which other tests may be using, float32, in which the other server
+    computes, and an Engine that scales with its load, quickly. On SIGTERM it ends with everything it started."""
+    # Not pytest's folder: sockets go here, and a socket's path has at most 107 characters, HAProxy's at most 97.
     with tempfile.TemporaryDirectory(prefix="ditserve-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         config = yaml.safe_load(CONFIG.read_text())
@@ -50,7 +50,7 @@ def deployed() -> Iterator[Server]:
         engine.update(num_replicas="auto", autoscaling_config=AUTOSCALING)
         (folder / "serve_config.yaml").write_text(yaml.safe_dump(config))
         command = [str(Path(sys.executable).with_name("serve")), "run", "serve_config.yaml"]
-        # Ray looks for a running cluster in its folder for temporary files, and is not to find one.
+        # Ray looks for a running cluster in its folder for temporary files, and must not find one.
         environment = {"PYTHONPATH": str(CONFIG.parent), "RAY_TMPDIR": name, "RAY_AUTH_MODE": "disabled"}
         with running(command, port, folder, is_ready, working_folder=folder, environment=environment) as server:
             yield server

@@ -1,4 +1,4 @@
-"""A cluster of two nodes, each a host of its own, with room for one rank on each: the gang has to span them."""
+"""A cluster of two nodes, each its own host with room for one rank: the gang has to span both."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from tests.e2e.server import ANSWER_SECONDS, MARK, SHORT, SMALL, START_SECONDS, 
 
 RAY_PORT = 6379
 PORT = 30000
-"""Both are the hosts' own: no other test can take them."""
+"""Each host has its own ports: no other test can take them."""
 
 
 def environment(host: Host) -> dict[str, str]:
-    """Of what is started on `host`."""
+    """The environment of what is started on `host`."""
     return {**os.environ, "RAY_AUTH_MODE": "disabled", MARK: host.address}
 
 
 @contextmanager
 def ray_node(host: Host, folder: Path, *flags: str) -> Iterator[None]:
-    """A Ray node on `host`; at the end every one of its processes is killed at once, as when a machine is lost."""
+    """A Ray node on `host`; at the end, all its processes are killed at once, as when a machine is lost."""
     log = folder / f"node-{host.address}.log"
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--node-ip-address", host.address]
     command += ["--num-cpus", "1", "--disable-usage-stats", "--block", *flags]
@@ -53,7 +53,7 @@ def ray_node(host: Host, folder: Path, *flags: str) -> Iterator[None]:
 
 
 def processes(host: Host, title: str = "") -> list[psutil.Process]:
-    """What Ray runs on `host`, of processes whose title starts with `title`."""
+    """Ray's processes on `host` whose title starts with `title`."""
     return marked_processes(host.address, title)
 
 
@@ -89,7 +89,7 @@ def wait_for(host: Host, path: str, field: str, value: str) -> None:
 
 
 def first_answer(host: Host, path: str) -> int:
-    """The status of the first answer that comes: a connection that led to the lost node is cut without one."""
+    """The status of the first response: a connection that led to the lost node is cut without one."""
     deadline = time.monotonic() + ANSWER_SECONDS
     while time.monotonic() < deadline:
         status, _ = host.request("GET", url(host, path))
@@ -105,7 +105,7 @@ def content(host: Host, video_id: str) -> bytes:
 
 
 def start_another(host: Host, cluster: str) -> subprocess.CompletedProcess[str]:
-    """A second server on the same cluster, which would take the place of the first."""
+    """Start a second server on the same cluster, which would replace the first."""
     command = [sys.executable, "-m", "deployments.cli", "serve", "--port", str(PORT + 1)]
     joining = {**environment(host), "RAY_ADDRESS": cluster}
     return subprocess.run(host.command(*command), env=joining, capture_output=True, text=True, timeout=START_SECONDS)

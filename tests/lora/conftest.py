@@ -16,13 +16,13 @@ _build = cache(tiny_models.build)
 
 @pytest.fixture
 def pipeline() -> Callable[[str], DiffusionPipeline]:
-    """A family's tiny pipeline. Shared: its weights are not to be changed."""
+    """A family's tiny pipeline. Shared: its weights must not be changed."""
     return _build
 
 
 @pytest.fixture
 def transformers(pipeline: Callable[[str], DiffusionPipeline]) -> Callable[[str], dict[str, nn.Module]]:
-    """A copy of a family's tiny transformers by name, to be merged into."""
+    """A copy of a family's tiny transformers by name, to merge into."""
 
     def copies(family: str) -> dict[str, nn.Module]:
         components = pipeline(family).components

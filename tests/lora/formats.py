@@ -1,4 +1,4 @@
-"""The public formats: what each makes of an adapter as PEFT has it after training."""
+"""The public formats: how each writes an adapter as PEFT has it after training."""
 
 from __future__ import annotations
 
@@ -130,4 +130,4 @@ FORMATS: dict[str, tuple[str, str, Callable[[Trained], State]]] = {
     "musubi, Z-Image": ("z-image", Z_IMAGE_LAYERS, kohya(adapters.musubi())),
     "diffusers, SD3": ("sd3.5", SD3_LAYERS, baked("transformer.")),
 }
-"""By name: the family of the model, the layers that it can name, and the state of its file."""
+"""By name: the family of the model, the layers that the format can name, and the state of its file."""

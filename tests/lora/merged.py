@@ -1,4 +1,4 @@
-"""What merging a file makes of a model, against what PEFT makes of it."""
+"""A model after merging a file, against the same model merged by PEFT."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.lora.adapters import Trained
 def assert_merges_like_peft(
     path: Path, trained: Mapping[str, Trained], pipeline_class: type, model: Mapping[str, nn.Module]
 ) -> None:
-    """Every transformer of `model`, which is merged into, gets the weights of its adapter in `trained`."""
+    """Merging into `model` gives each transformer the weights of its adapter in `trained`."""
     base = {name: {key: value.clone() for key, value in model[name].state_dict().items()} for name in trained}
     Merger(model).merge([(load(resolve(str(path)), pipeline_class, model), 1.0, ("all",))])
     for name, adapter in trained.items():

@@ -101,7 +101,7 @@ def test_alphas_of_one_expert_beside_the_layers_of_the_other_are_refused(pipelin
 def test_each_expert_has_its_own_config_in_a_header(
     pipeline: Pipelines, transformers: Transformers, tmp_path: Path
 ) -> None:
-    """As diffusers writes it for the transformer, with a name before each field."""
+    """As diffusers writes it for the transformer, with the expert's name before each field."""
     wan = pipeline("wan2.2-t2v")
     experts = trained_experts(wan)
     state = {k: t for name, trained in experts.items() for k, t in with_prefix(f"{name}.", trained.state).items()}
@@ -114,7 +114,7 @@ def test_each_expert_has_its_own_config_in_a_header(
 def test_a_header_that_names_no_transformer_is_the_only_ones(
     pipeline: Pipelines, transformers: Transformers, tmp_path: Path
 ) -> None:
-    """As a diffusers model saves it, which knows no name of its own."""
+    """As saved by a diffusers model, which does not know its own name."""
     wan = pipeline("wan2.1-t2v")
     trained = train(wan.transformer, WAN_LAYERS, r=4, lora_alpha=6)
     model = transformers("wan2.1-t2v")["transformer"]
@@ -139,7 +139,7 @@ def test_alphas_in_the_file_are_not_joined_by_a_config_beside_it(
 def test_the_config_in_a_header_comes_before_one_beside_the_file(
     pipeline: Pipelines, transformers: Transformers, tmp_path: Path
 ) -> None:
-    """A folder to which two programs have saved."""
+    """Two programs have saved to this folder."""
     wan = pipeline("wan2.1-t2v")
     train(wan.transformer, WAN_LAYERS, r=4, lora_alpha=1, seed=1).peft_model.save_pretrained(tmp_path)
     trained = train(wan.transformer, WAN_LAYERS, r=4, lora_alpha=6)

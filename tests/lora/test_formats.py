@@ -128,7 +128,7 @@ def test_a_low_noise_file_goes_to_the_low_noise_expert_alone(
     assert load(resolve(str(file)), type(wan), transformers("wan2.2-t2v")).transformers == ("transformer_2",)
 
 
-# What is refused. Each maker gets a good Wan adapter as saved by diffusers and makes a bad file of it.
+# What is refused. Each maker turns a good Wan adapter, as saved by diffusers, into a bad file.
 
 
 def good(pipeline: Pipelines) -> State:
@@ -238,7 +238,7 @@ def test_a_damaged_file_is_refused(
 
 
 def test_keys_that_diffusers_drops_without_a_word_are_refused(pipeline: Pipelines, tmp_path: Path) -> None:
-    """FLUX.1's converter takes the alpha of the final layer away and never applies it."""
+    """FLUX.1's converter removes the alpha of the final layer and never applies it."""
     flux = pipeline("flux1")
     trained = train(flux.transformer, r"proj_out|transformer_blocks\.0\.attn\.to_out\.0", r=4, lora_alpha=6)
 
@@ -250,7 +250,7 @@ def test_keys_that_diffusers_drops_without_a_word_are_refused(pipeline: Pipeline
         load(resolve(str(file)), type(flux), {"transformer": flux.transformer})
 
     state = load_file(file)
-    state["lora_unet_final_layer_linear.alpha"] = torch.tensor(4.0)  # equals the rank: left out, it changes nothing
+    state["lora_unet_final_layer_linear.alpha"] = torch.tensor(4.0)  # equals the rank: dropping it changes nothing
     save_file(state, file)
     updates = load(resolve(str(file)), type(flux), {"transformer": flux.transformer}).updates["transformer"]
     assert "proj_out.weight" in updates
@@ -268,7 +268,7 @@ def test_a_folder_whose_config_says_it_is_no_lora_is_refused(pipeline: Pipelines
 def test_an_adapter_that_was_trained_on_changed_weights_is_refused(
     init: str, pipeline: Pipelines, tmp_path: Path
 ) -> None:
-    """PEFT takes the adapter's first values out of the weights, here and whenever it loads the adapter again."""
+    """PEFT subtracts the adapter's initial values from the weights, here and whenever it loads the adapter again."""
     wan = pipeline("wan2.1-t2v")
     train(wan.transformer, ["attn1.to_q"], init_lora_weights=init).peft_model.save_pretrained(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Merging is exact: the right weights while merged, the checkpoint's own bits when restored, whatever happened."""
+"""Merging is exact: the right weights while merged, the checkpoint's own bits when restored, whatever happens."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def model(request: pytest.FixtureRequest, transformers: Transformers) -> dict[st
 
 @pytest.fixture(params=["copy", "reload"])
 def merger(request: pytest.FixtureRequest, model: dict[str, nn.Module], tmp_path: Path) -> Merger:
-    """For `model`, with base weights from either place."""
+    """For `model`, with base weights from host copies or from the checkpoint."""
     if request.param == "copy":
         return Merger(model, HostCopies())
     for name, transformer in model.items():
@@ -97,7 +97,7 @@ def test_a_composition_is_the_sum_of_its_adapters_rounded_once(
             assert torch.equal(tensor, base[name])
             continue
         exact = expected(base[name], updates)
-        # Half an epsilon of the weight is the one rounding; factors were rounded to the weight's precision before.
+        # Half an epsilon of the weight is the one rounding; the factors were already rounded to the weight's precision.
         epsilon = torch.finfo(tensor.dtype).eps
         largest = (exact - base[name].double()).abs().max().item()
         torch.testing.assert_close(tensor.double(), exact, rtol=0.51 * epsilon, atol=2 * epsilon * largest)
@@ -127,7 +127,7 @@ class Injected(Exception):
 
 
 def failing_at(call: int) -> mock._patch:
-    """Make the n-th product of a merge fail, as for want of memory."""
+    """Make the n-th product of a merge fail, as if out of memory."""
     calls = iter(range(1_000_000))
     original = torch.cat
 
@@ -163,7 +163,7 @@ def test_no_sequence_of_merges_restores_and_failures_leaves_a_trace(
                     assert_same_bits(model, before)
         else:
             merger.merge(composition)
-            # The weights depend on what is merged alone, not on what was before.
+            # The weights depend only on what is merged, not on what was merged before.
             now = bits(model)
             known = fresh.setdefault((names, target), now)
             assert all(torch.equal(now[key], known[key]) for key in now)

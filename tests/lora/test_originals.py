@@ -1,4 +1,4 @@
-"""Base weights from the model's own files: bit for bit those that were loaded, or refused before anything is merged."""
+"""Base weights from the model's own files: bit for bit those that were loaded, or refused before any merge."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def assert_reads_what_was_loaded(checkpoint: Checkpoint, model: dict[str, ModelM
 def test_they_are_converted_as_the_loader_converts_them(
     directory: Path, stored: torch.dtype, served: torch.dtype
 ) -> None:
-    """Wan keeps its norms and embedders in fp32 whatever it is served in."""
+    """Wan keeps its norms and embedders in fp32, whatever precision it is served in."""
     file = directory / "transformer" / FILE
     save_file({name: tensor.to(stored) for name, tensor in load_file(file).items()}, file)
     model = loaded(directory, served)

@@ -94,7 +94,7 @@ def test_a_changed_config_is_another_identity(tmp_path: Path) -> None:
 
 
 class TestWithinAFolder:
-    """Where an operator has said that adapters come from one folder alone."""
+    """Where the operator allows adapters from one folder only."""
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
@@ -137,7 +137,7 @@ class TestWithinAFolder:
         weights(folder / "config" / "adapter_model.safetensors")
         (folder.parent / "adapter_config.json").write_text("{}")
         (folder / "config" / "adapter_config.json").symlink_to(folder.parent / "adapter_config.json")
-        if linked == "folder/adapter.safetensors":  # there and back again: the file itself lies inside
+        if linked == "folder/adapter.safetensors":  # out and back in: the file itself is inside
             assert resolve(linked, folder).file == folder / "style.safetensors"
             return
         with pytest.raises(InvalidAdapter, match="lies outside"):
@@ -161,7 +161,7 @@ def test_a_path_that_cannot_be_followed_is_refused(
 
 
 class TestHuggingFaceRepo:
-    """Without network: what lies in the hub's local cache."""
+    """Without network: what is in the hub's local cache."""
 
     COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -1,4 +1,4 @@
-"""Adapters for U-Nets (SD 1.5, SDXL), most of which are of kohya's trainers or of diffusers before it used PEFT."""
+"""Adapters for U-Nets (SD 1.5, SDXL), most of which come from kohya's trainers or from diffusers before PEFT."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def sd15() -> UNet2DConditionModel:
 
 
 def sdxl() -> UNet2DConditionModel:
-    """Blocks in the order of SDXL's own, which the numbers in its checkpoints' names depend on."""
+    """Blocks in SDXL's own order, on which the numbers in its checkpoints' names depend."""
     torch.manual_seed(0)
     return UNet2DConditionModel(
         block_out_channels=(16, 32, 32),
@@ -84,7 +84,7 @@ def _in_the_middle(match: re.Match[str]) -> str:
 
 
 def of_attention_processors(trained: Trained) -> State:
-    """As diffusers saved what its attention processors held."""
+    """As diffusers saved the adapters that its attention processors held."""
     return {
         re.sub(
             r"\.(to_q|to_k|to_v|to_out)(\.0)?\.lora_(A|B)",
@@ -141,7 +141,7 @@ def test_an_adapter_for_a_unet_gives_the_weights_peft_gives(format_name: str, tm
 
 
 def test_half_a_pair_is_refused_by_the_name_in_the_file(tmp_path: Path) -> None:
-    """SDXL's converter empties what it is given before it fails."""
+    """SDXL's converter empties its input before it fails."""
     unet = sdxl()
     state = kohya(adapters.musubi(name=sdxl_original))(train(unet, r"mid_block\..*attn1\.to_q"))
     key = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.lora_up.weight"

@@ -1,4 +1,4 @@
-"""Tiny models of every family, loaded once a session, and jobs for them."""
+"""Tiny models of every family, loaded once per session, and jobs for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.load import Model, load_model
 from tests import tiny_models
 
 WIDTH, HEIGHT = 60, 50
-"""Multiples of nothing that a model computes in."""
+"""Not multiples of any size in which a model computes."""
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_model_path: Callable[[str], Path]) -> Callable[[str], Model]:
-    """Loads one by name; the same name gives the same model, so nobody may change it."""
+    """Loads a model by name; the same name gives the same model, so no test may change it."""
     return cache(lambda name: load_model(ServerArgs(model_path=str(tiny_model_path(name)), device="cpu", dtype="fp32")))
 
 
@@ -45,7 +45,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def picture(color: str = "crimson") -> bytes:
-    """A picture larger than the output, of another shape, whose colours vary."""
+    """An image larger than the output, of another shape, whose colours vary."""
     image = Image.linear_gradient("L").resize((90, 70))
     return png(Image.composite(Image.new("RGB", image.size, color), Image.new("RGB", image.size, "white"), image))
 
@@ -58,7 +58,7 @@ def mask() -> bytes:
 
 
 def make_job(model: Model, task: Task, **changes: Any) -> tuple[Job, Media]:
-    """A job of two steps with the family's defaults, small, and the media it needs."""
+    """A small job of two steps with the family's defaults, and the media it needs."""
     values: dict[str, Any] = {
         **model.card.family.defaults_for(task).model_dump(),
         "id": "job",

@@ -1,4 +1,4 @@
-"""A job in the words of each pipeline: what is read from the call's signature, and where images come to lie."""
+"""A job as the arguments of each pipeline: what the call's signature decides, and where images go."""
 
 from __future__ import annotations
 

@@ -55,9 +55,9 @@ class Blocks(nn.Module):
         super().__init__()
         self.embed = Block(lambda: self.outside.append(self.embed.address))
         self.outside: list[int] = []
-        """Where the weights of the embedding lay at each of its calls."""
+        """The address of the embedding's weights at each of its calls."""
         self.away: list[list[int]] = []
-        """At each call of a block, which of them were not at home."""
+        """At each call of a block, which blocks were not at home."""
         self.double_blocks = nn.ModuleList(Block(lambda: self.away.append(self.not_at_home())) for _ in range(3))
         self.single_blocks = nn.ModuleList(Block(lambda: self.away.append(self.not_at_home())) for _ in range(2))
         self.proj_out = Block()
@@ -81,7 +81,7 @@ class Blocks(nn.Module):
 
 
 def edit(transformer: Blocks) -> None:
-    """As a merged adapter does: in place, where the weights lie."""
+    """As merging an adapter does: in place, where the weights are."""
     for block in transformer.blocks:
         block.linear.weight.data.mul_(2)
 
@@ -149,7 +149,7 @@ def test_an_edit_after_a_failed_job_shows_in_the_next() -> None:
 
 @pytest.mark.parametrize("half", [0, 1])
 def test_a_half_that_computes_one_branch_of_guidance_copies_nothing_for_the_other(half: int) -> None:
-    """Its calls that are the other half's never reach the blocks."""
+    """Calls that belong to the other half never reach the blocks."""
     transformer = Blocks()
     [expected] = transformer(X)
     blank = torch.zeros_like(X)
@@ -167,7 +167,7 @@ def test_a_half_that_computes_one_branch_of_guidance_copies_nothing_for_the_othe
 
 
 def test_compiled_blocks_share_one_graph() -> None:
-    """Each would have its own if its number in the stream were a part of it, and most none: the limit is 8."""
+    """If its place in the stream were in a graph, each block would need its own, and most had none: the limit is 8."""
     graphs: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> torch.fx.GraphModule:

@@ -1,4 +1,4 @@
-"""The bundled model: small, whole, served as any other model of its family, and it draws what it is asked for."""
+"""The bundled model: small, complete, served like any other of its family, and it draws what it is asked for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.tasks import SIZE, generate
 SEPIA = Path(model_directory().parent, "lora", "sepia.safetensors")
 
 LARGEST = 40e6
-"""Bytes of all weights: the model travels with the package."""
+"""Bytes of all files: the model ships with the package."""
 
 
 def test_it_is_small_and_without_pickles() -> None:

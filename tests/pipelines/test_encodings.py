@@ -1,4 +1,4 @@
-"""Texts are encoded once and remembered, and nobody can tell from the pixels."""
+"""Texts are encoded once and cached, which does not show in the pixels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def output(model: Model, task: Task, prompt: str, **changes: Any) -> bytes:
 
 @contextmanager
 def counted_encoders(model: Model) -> Iterator[Callable[[], int]]:
-    """How often the model's text encoders computed."""
+    """Count how often the model's text encoders run."""
     counts: list[mock.MagicMock] = []
     with ExitStack() as stack:
         for name, module in model.pipeline.components.items():
@@ -86,7 +86,7 @@ def test_a_text_with_a_picture_is_encoded_each_time(tiny_model: Load) -> None:
 
 
 class Encoder:
-    """A pipeline that makes of a text a tensor of its length, 4 bytes a letter."""
+    """A pipeline that encodes a text as a tensor of its length, 4 bytes per letter."""
 
     def __init__(self) -> None:
         self.encoded: list[str | list[str]] = []

@@ -157,7 +157,7 @@ def test_a_closed_generation_leaves_the_model_as_it_was(z_image: Model, steps_do
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_generation_leaves_nothing_for_the_cycle_collector(z_image: Model, finished: bool) -> None:
-    """Latents and embeddings are freed by the end of the job, not whenever the collector comes round."""
+    """Latents and embeddings are freed by the end of the job, not whenever the collector runs."""
     views: list[weakref.ref[Any]] = []
     make_view = Model.unshared_pipeline_for
 
@@ -236,7 +236,7 @@ def test_a_smaller_size_is_the_top_left_of_what_is_computed(wan: Model) -> None:
 def test_inpainting_of_an_area_of_its_own_gives_the_whole_picture_in_the_asked_size(
     tiny_model: Load, size: tuple[int, int]
 ) -> None:
-    """Qwen-Image-Edit inpaints a megapixel, here 64x64 pixels, of the asked shape: the same picture at any scale."""
+    """Qwen-Image-Edit inpaints a megapixel (here 64x64 pixels) of the requested shape: the same image at any scale."""
     model, (width, height) = tiny_model("qwen-image-edit"), size
     preview, *_, result = events(model, Task.INPAINT, width=width, height=height, partial_images=1)
     [large] = outputs(model, Task.INPAINT, width=4 * width, height=4 * height)
@@ -247,7 +247,7 @@ def test_inpainting_of_an_area_of_its_own_gives_the_whole_picture_in_the_asked_s
 
 
 def test_inpainting_of_a_megapixel_at_most_gives_the_asked_size_beyond_it(tiny_model: Load) -> None:
-    """FLUX.2 klein would give 1184x880 of these."""
+    """FLUX.2 klein by itself would return 1184x880."""
     [picture] = outputs(
         tiny_model("flux2-klein"), Task.INPAINT, width=1200, height=900, num_inference_steps=1, strength=1.0
     )

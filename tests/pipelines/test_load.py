@@ -1,4 +1,4 @@
-"""From a model path to a model, and what a user is told when there is no way."""
+"""From a model path to a model, and what the user is told when that fails."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def load(path: Path | str, **options: Any) -> Model:
 
 @pytest.fixture
 def copied_model(tiny_model_path: SavedModel, tmp_path: Path) -> Path:
-    """A tiny Wan to be damaged."""
+    """A tiny Wan to damage."""
     return Path(shutil.copytree(tiny_model_path("wan2.1-t2v"), tmp_path / "model"))
 
 
@@ -281,7 +281,7 @@ class TestPrecision:
 
 @pytest.mark.parametrize("name", ["wan2.1-t2v", "wan2.1-i2v", "wan2.2-ti2v"])
 def test_a_vae_of_its_own_precision_encodes_and_decodes(tiny_model_path: SavedModel, name: str) -> None:
-    """As Wan's on CUDA: for each task, and for previews on the way to a picture."""
+    """Like Wan's on CUDA: for each task, and for previews of an image."""
     with mock.patch("pipelines.load.resolve_vae_dtype", return_value=torch.float32) as resolve:
         model = load(tiny_model_path(name), dtype="bf16")
     resolve.assert_called_once_with("bf16", torch.device("cpu"), "AutoencoderKLWan")

@@ -18,7 +18,7 @@ DEVICE = torch.device("cpu")
 
 
 class Recording(nn.Module):
-    """Notes where its weight lies when it is called."""
+    """Records where its weight is when it is called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ def test_each_flag_moves_its_components_and_no_others(placed: Callable[..., dict
 
 
 def test_pipelines_are_told_where_an_offloaded_module_runs() -> None:
-    """Their inputs go there, though the weights rest on the CPU."""
+    """They send inputs there, although the weights rest on the CPU."""
     from diffusers.utils.torch_utils import get_module_execution_device
 
     module = Recording()

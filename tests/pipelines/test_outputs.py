@@ -25,7 +25,7 @@ def job(width: int, height: int, task: Task = Task.INPAINT, num_frames: int = 1)
 
 
 def slope(width: int, height: int) -> torch.Tensor:
-    """A picture whose red tells how far right a pixel's centre lies, and its green how far down, from 0 to 1."""
+    """An image whose red is how far right a pixel's centre is, and whose green is how far down, from 0 to 1."""
     red = ((torch.arange(width) + 0.5) / width).expand(height, width)
     green = ((torch.arange(height) + 0.5) / height)[:, None].expand(height, width)
     return torch.stack([red, green, torch.zeros(height, width)])[None]
@@ -40,7 +40,7 @@ def test_what_is_computed_beyond_the_asked_size_and_length_is_cut_off() -> None:
 @pytest.mark.parametrize("computed", [(128, 32), (40, 96), (16, 16)], ids=str)
 def test_another_size_than_the_canvas_is_scaled_to_it_as_a_whole(computed: tuple[int, int]) -> None:
     [picture] = asked_frames(slope(*computed), job(60, 50), Canvas(64, 64, 1))
-    # A few pixels from the border, beyond which there is nothing to blend with.
+    # Compared a few pixels away from the border, beyond which there is nothing to blend with.
     np.testing.assert_allclose(picture[:, 8:, 8:], slope(64, 64)[0, :, 8:50, 8:60], atol=1e-2)
 
 

@@ -1,4 +1,4 @@
-"""How far the host may run ahead of a GPU, of which there is none here: of its events and of the time."""
+"""How far the host may run ahead of a GPU, whose events and time are simulated here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipelines.stepping import QUICK_SECONDS, Pace
 
 
 class Gpu:
-    """Takes `seconds` for each step, one after the other, and a moment to be asked."""
+    """Takes `seconds` for each step, one after the other; queueing a step takes the host a moment."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -1,4 +1,4 @@
-"""An upload is known by its content; what is no picture is refused before it costs anything."""
+"""An upload is identified by its content; what is no image is refused before it costs anything."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def save(family_name: str, directory: Path | str) -> Path:
 def make_directory_once(directory: Path, fill: Callable[[Path], None]) -> Path:
     """Make `directory` whole or not at all: `fill` writes a private one, which a single rename puts in place.
 
-    Of several processes that race, one wins; its directory is what all of them return.
+    If several processes race, one wins, and all of them return its directory.
     """
     if directory.exists():
         return directory
@@ -97,9 +97,9 @@ def make_directory_once(directory: Path, fill: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def small_reference_images() -> Iterator[None]:
-    """Within it Qwen-Image-Edit and FLUX.1 Kontext bring their input images to 64x64 pixels, not to about 1024x1024.
+    """Within it Qwen-Image-Edit and FLUX.1 Kontext scale their input images to 64x64 pixels, not to about 1024x1024.
 
-    At those the VAE's middle attention alone, over 16384 positions, takes seconds on a CPU.
+    At full size, the VAE's middle attention alone, over 16384 positions, takes seconds on a CPU.
     """
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(64, 64)]))

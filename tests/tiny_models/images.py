@@ -35,7 +35,7 @@ BLOCKS = 4
 
 
 def vae(latent_channels: int = 16) -> AutoencoderKL:
-    """The 16-channel VAE that FLUX.1, Z-Image and SD3 share but for its scales."""
+    """The 16-channel VAE that FLUX.1, Z-Image and SD3 share, apart from its scales."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * BLOCKS,
         up_block_types=("UpDecoderBlock2D",) * BLOCKS,
@@ -161,7 +161,7 @@ def qwen_image_edit_plus() -> QwenImageEditPlusPipeline:
 
 
 def z_image(shift: float = 6.0) -> ZImagePipeline:
-    """6 heads, which no 4 ranks divide, for the 30 of the real one."""
+    """6 heads, which, like the 30 of the real model, do not divide among 4 ranks."""
     return ZImagePipeline(
         scheduler=static_scheduler(shift),
         vae=vae(),
@@ -202,7 +202,7 @@ def sd3(num_layers: int = 3, **layers: Any) -> StableDiffusion3Pipeline:
 
 
 def sd35(**layers: Any) -> StableDiffusion3Pipeline:
-    """Queries and keys are normalised and, as in the medium one, some layers attend once more over the image alone."""
+    """Queries and keys are normalised and, as in SD3.5 medium, some layers attend once more over the image alone."""
     return sd3(dual_attention_layers=(0,), qk_norm="rms_norm", **layers)
 
 

@@ -47,7 +47,7 @@ USER_ONLY = (
 
 
 def byte_tokenizer(special_tokens: tuple[str, ...] = (), **kwargs: Any) -> PreTrainedTokenizerFast:
-    """One token a byte, so that every UTF-8 prompt has tokens of its own; then `</s>`.
+    """One token per byte, so that every UTF-8 prompt has its own tokens; then `</s>`.
 
     Its vocabulary is `<pad>`, `</s>`, `<unk>`, the 256 bytes, and `special_tokens`; `kwargs` go to the tokenizer.
     """
@@ -188,7 +188,7 @@ def qwen25_vl() -> Qwen2_5_VLForConditionalGeneration:
 
 
 def qwen_processor() -> PaddleOCRVLProcessor:
-    """Qwen's image processor and tokenizer under a processor that does without video, and so without torchvision."""
+    """Qwen's image processor and tokenizer in a processor that does without video, and so without torchvision."""
     return PaddleOCRVLProcessor(image_processor=Qwen2VLImageProcessorPil(), tokenizer=chat_tokenizer())
 
 
@@ -216,7 +216,7 @@ def mistral3() -> Mistral3ForConditionalGeneration:
 
 
 def mistral_tokenizer() -> PreTrainedTokenizerFast:
-    """Stands where FLUX.2 has a `PixtralProcessor`, which needs torchvision and here only ever sees text."""
+    """Replaces FLUX.2's `PixtralProcessor`, which needs torchvision and here would only ever see text."""
     tokenizer = byte_tokenizer(("[IMG]",), model_max_length=2048)
     tokenizer.chat_template = USER_ONLY
     return tokenizer

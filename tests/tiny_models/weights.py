@@ -1,4 +1,4 @@
-"""Random weights that let every input show in the picture."""
+"""Random weights that let every input show in the image."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from diffusers import AutoencoderKLWan
 
 @torch.no_grad()
 def randomize(module: torch.nn.Module) -> None:
-    """Draw every matrix and kernel from N(0, 1 / fan_in), which keeps the variance of what flows through about one.
+    """Draw every matrix and kernel from N(0, 1 / fan_in), which keeps the variance of activations near one.
 
     The libraries' own initialisations scale text embeddings by 0.02 or zero the output layers: the prompt would not
-    show in the picture.
+    show in the image.
     """
     for parameter in module.parameters():
         if parameter.dim() >= 2:

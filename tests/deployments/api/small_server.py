@@ -26,14 +26,14 @@ from tests.deployments.step_engine import StepEngine
 
 
 class AbleEngine(StandInEngine, StepEngine):
-    """Takes every job, whatever its parameters, and gives what `StepEngine` gives. It knows no adapters."""
+    """Accepts every job, whatever its parameters, and yields what `StepEngine` yields. It knows no adapters."""
 
     def __init__(self, folder: Path):
         StandInEngine.__init__(self, *Task, parameters=FAMILY_PARAMETERS)
         StepEngine.__init__(self, folder)
 
     async def ready(self) -> None:
-        """At once."""
+        """Immediately."""
 
     async def identify_lora(self, path: str) -> str:
         raise APIError(404, "There is no such adapter", param="lora_path", code="lora_not_found")
@@ -41,7 +41,7 @@ class AbleEngine(StandInEngine, StepEngine):
 
 @asynccontextmanager
 async def running_app(folder: Path, **args: object) -> AsyncIterator[tuple[FastAPI, State]]:
-    """The application with these arguments, its state in `folder`."""
+    """The application with these arguments, and its state, kept in `folder`."""
     server_args = ServerArgs(output_path=str(folder / "outputs"), state_path=str(folder / "jobs.sqlite3"), **args)
     engine = AbleEngine(folder)
     state = State(server_args, lambda: engine)
@@ -51,7 +51,7 @@ async def running_app(folder: Path, **args: object) -> AsyncIterator[tuple[FastA
 
 @contextmanager
 def served_app(folder: Path, **args: object) -> Iterator[str]:
-    """The same behind uvicorn on a free port, in an event loop of its own: its base URL."""
+    """Serve the same with uvicorn on a free port, in its own event loop, and yield the base URL."""
     (port,) = free_ports(1)
 
     async def serve() -> None:

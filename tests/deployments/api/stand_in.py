@@ -1,4 +1,4 @@
-"""What is left of the server where a request ends before the engine, or in an engine that fails."""
+"""Stand-ins for engine and state, for requests that end before the engine or in an engine that fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model cannot do is refused, by the parameter that asks for it and with what the model can."""
+"""What a model cannot do is refused; the error names the parameter and what the model can do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may call which route, and whose records it then sees."""
+"""Who may call which route, and whose records they see."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Server:
     app: FastAPI
     state: State
     http: httpx2.AsyncClient
-    """A client that sends no key by itself."""
+    """A client that sends no key of its own."""
 
     def operations(self, tag: str | None = None) -> list[tuple[str, str]]:
-        """Every method and path of the API (with this tag), with an id where one belongs."""
+        """Every method and path of the API (with this tag), with ids filled in."""
         ids = {"video_id": "video_1", "image_id": "img_1", "model": "stand/in", "nickname": "ink"}
         return [
             (method.upper(), path.format(**ids))

@@ -1,4 +1,4 @@
-"""What a browser lets the pages of other sites do with the server: nothing, unless it was started so (CORS)."""
+"""What a browser lets other sites' pages do with the server (CORS): nothing, unless a flag allows their origin."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ OTHER = "https://elsewhere.example.org"
 
 
 def browser(*allowed: str, origin: str = ORIGIN) -> httpx2.AsyncClient:
-    """At a page from `origin`."""
+    """A browser on a page from `origin`."""
     app = create_app(ServerArgs(allowed_origin=allowed), StandInEngine(Task.TEXT_TO_IMAGE), StandInState())
     return httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test", headers={"origin": origin})
 
 
 async def may_post(client: httpx2.AsyncClient) -> bool:
-    """What a browser asks before it sends a call that is more than a form could be."""
+    """Whether the server passes the preflight of a browser, sent before any request that a form could not make."""
     asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
     answer = await client.options("/v1/images/generations", headers=asked)
     allowed = answer.headers.get("access-control-allow-headers", "").lower()

@@ -1,4 +1,4 @@
-"""Failures of the server itself, which no healthy engine shows: an app over an engine that fails as told."""
+"""Failures of the server itself, which no healthy engine shows: the app over an engine that fails on demand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.deployments.api.stand_in import StandInEngine, client_of
 
 
 class FailingEngine(StandInEngine):
-    """Gives some steps, then raises."""
+    """Yields some steps, then raises."""
 
     def __init__(self, failure: Exception, steps: int = 0):
         super().__init__(Task.TEXT_TO_IMAGE)

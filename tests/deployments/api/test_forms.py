@@ -1,4 +1,4 @@
-"""Forms as browsers and SDKs write them, each in a way of its own."""
+"""Forms as browsers and SDKs write them, each in its own way."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def http(tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
 
 
 def form(*parts: tuple[str, bytes]) -> bytes:
-    """A multipart body of these parts, each with what follows `form-data; ` and its data."""
+    """A multipart body of these parts: for each, what follows `form-data; ` in its header, and its data."""
     encoded = [b"--B\r\nContent-Disposition: form-data; " + head.encode() + b"\r\n\r\n" + data for head, data in parts]
     return b"\r\n".join([*encoded, b"--B--\r\n"])
 

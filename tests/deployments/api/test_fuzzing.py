@@ -1,6 +1,6 @@
-"""Whatever is sent to whichever route: an answer, soon, that is documented and no 5xx.
+"""Anything sent to any route gets a prompt response that is documented and no 5xx.
 
-Over real HTTP, with the real state. Each run of the suite tries the same requests, some hundreds; `make fuzz` tries
+Over real HTTP, with the real state. Each run of the suite tries the same few hundred requests; `make fuzz` tries
 thousands of new ones.
 """
 
@@ -31,14 +31,14 @@ from deployments.ingress import create_app
 from tests.deployments.api.small_server import served_app
 
 PATIENCE_S = 30.0
-"""For one answer of an engine that computes nothing: longer is a hang."""
+"""For one response, with an engine that computes nothing: longer is a hang."""
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 FRAMING = ("content-length", "transfer-encoding")
-"""Headers that say where a message ends: uvicorn refuses wrong ones, in plain text, before there is a request."""
+"""Headers that say where a message ends: uvicorn refuses wrong ones in plain text before it makes a request of them."""
 
-# The document needs neither an engine nor a state.
+# The OpenAPI document needs neither an engine nor a state.
 schema = schemathesis.openapi.from_dict(create_app(ServerArgs(), None, None).openapi())
 
 
@@ -60,7 +60,7 @@ def test_requests_made_from_the_document(case: schemathesis.Case, base_url: str)
         del case.headers[name]
     response = case.call(base_url=base_url, timeout=PATIENCE_S)
     is_stream = response.headers["content-type"][0].startswith("text/event-stream")
-    # The document describes the data of an event, as OpenAI's does; Schemathesis takes that for the whole event.
+    # Like OpenAI's, the document describes the data of an event; Schemathesis takes that for the whole event.
     case.validate_response(response, checks=CHECKS, excluded_checks=[response_schema_conformance] * is_stream)
     if response.status_code >= 400:
         assert_envelope(response.json())
@@ -109,7 +109,7 @@ def test_any_value_in_any_field(http: httpx2.Client, route: str, fields: dict[st
 
 
 def as_json(value: Any) -> bytes:
-    """Also what is no proper JSON: NaN, and lone surrogates."""
+    """Encodes even what is not valid JSON: NaN and lone surrogates."""
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
@@ -189,7 +189,7 @@ def test_any_header_on_a_download(http: httpx2.Client, data: st.DataObject) -> N
 
 @cache
 def download(http: httpx2.Client) -> str:
-    """Where a stored picture lies."""
+    """The URL of a stored image."""
     answer = http.post(
         "/v1/images/edits", data={"prompt": "p", "response_format": "url"}, files={"image": _saved("PNG")}
     )

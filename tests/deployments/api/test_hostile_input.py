@@ -1,4 +1,4 @@
-"""Nothing that a client writes becomes the name of a file: not to be written, not to be opened."""
+"""Nothing that a client writes becomes the name of a file that is written or opened."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ sys.addaudithook(_note)
 
 @pytest.fixture
 def opened() -> Iterator[list[str]]:
-    """What this process opens, makes, renames or lists during the test."""
+    """What this process opens, creates, renames, deletes or lists during the test."""
     global _opened
     _opened = []
     yield _opened
@@ -56,7 +56,7 @@ async def http(tmp_path: Path, opened: list[str]) -> AsyncIterator[httpx2.AsyncC
 @pytest.fixture(autouse=True)
 def no_trace(opened: list[str], tmp_path: Path) -> Iterator[None]:
     yield
-    assert any("jobs.sqlite3" in name or "outputs" in name for name in opened)  # so it does look
+    assert any("jobs.sqlite3" in name or "outputs" in name for name in opened)  # so `opened` does record
     assert not [name for name in opened if MARK in name]
     assert not [path for path in tmp_path.rglob("*") if MARK in str(path)]
 

@@ -1,4 +1,4 @@
-"""What a request leaves open: the size of an output."""
+"""What a request may leave open: the size of an output."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_no_side_is_less_than_the_model_can_compute() -> None:
 
 @pytest.fixture
 async def http(tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
-    """A model that makes 64x64 by default, in steps of 16."""
+    """A model whose default size is 64x64, in multiples of 16."""
     async with running_app(tmp_path) as (app, _), client(app) as http:
         yield http
 

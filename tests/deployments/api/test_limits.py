@@ -1,4 +1,4 @@
-"""What a request may ask for and bring along, where the server was told its own limits."""
+"""What a request may ask for and upload when the server was given limits of its own."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def test_tasks_have_sglangs_names(tasks: set[Task], names: list[str]) -> None:
 
 
 async def test_the_vae_has_a_precision_of_its_own() -> None:
-    """As Wan's on CUDA, where the transformer is bf16."""
+    """Like Wan's on CUDA, where the transformer is bf16."""
     engine = StandInEngine(Task.TEXT_TO_VIDEO, dtype="bf16", vae_dtype="fp32")
     async with client_of(engine) as http:
         [model] = (await http.get("/v1/models")).json()["data"]

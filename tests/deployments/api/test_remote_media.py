@@ -1,5 +1,5 @@
-"""Pictures by URL: which addresses are connected to, and what the fetched may be. Real sockets on loopback addresses,
-of which 127.0.0.1 is taken for a public one and 127.0.0.2 for a private one."""
+"""Images by URL: which addresses the server connects to, and what it may fetch. Real sockets on loopback addresses:
+127.0.0.1 counts as public and 127.0.0.2 as private."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_an_address_of_the_internet_is_public(address: str) -> None:
         *("127.0.0.1", "127.255.0.1", "0.0.0.0", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254"),
         *("100.64.0.1", "192.0.0.1", "192.0.2.1", "198.18.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255"),
         *("::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "fd00:ec2::254", "ff02::1", "2001:db8::1"),
-        # IPv4 addresses as IPv6 ones: mapped, compatible, NAT64, 6to4, Teredo.
+        # IPv4 addresses written as IPv6: mapped, compatible, NAT64, 6to4, Teredo.
         *("::ffff:127.0.0.1", "::ffff:8.8.8.8", "::127.0.0.1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::1"),
         *("2002:7f00:1::", "2001:0:4136:e378:8000:63bf:3fff:fdd2"),
     ],
@@ -102,7 +102,7 @@ def one_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Have every host resolve to these addresses, the next time to those of the next list, and so on."""
+    """Make every host resolve to the first list of addresses, next time to the second, and so on, up to the last."""
 
     def use(*answers: list[str]) -> None:
         remaining = list(answers)
@@ -219,7 +219,7 @@ async def test_a_server_fetches_only_where_it_was_told_to_and_only_pictures(site
             return answer.json()["error"]["message"]
 
         if allowed:
-            assert "frames are asked for" in await told("/picture")  # which comes after the picture
+            assert "frames are asked for" in await told("/picture")  # which is checked after the image
             assert "Not a PNG, JPEG or WebP image" in await told("/text")
         else:
             assert "not fetched from remote URLs" in await told("/picture")

@@ -1,4 +1,4 @@
-"""The default adapter with replicas that are tasks of this event loop."""
+"""The default adapter, with engine replicas that are tasks of this event loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.deployments.adapter_files import SIZE, AdapterFiles
 
 
 class EngineReplica:
-    """What an engine replica does with the default, with weights that are just the composition."""
+    """Follows the default adapter as an engine replica does; its weights are just the composition."""
 
     def __init__(self, registry: AdapterRegistry, default: DefaultLoRA, name: str):
         self.registry = registry
@@ -50,7 +50,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 class Server:
-    """A registry, a default and its replicas, at a pace for tests."""
+    """A registry, a default and its replicas, with short intervals for tests."""
 
     def __init__(self, switch: Literal["refuse", "auto"] = "refuse", cache_bytes: int = 10 * SIZE):
         self.files = AdapterFiles()
@@ -67,7 +67,7 @@ class Server:
         return await self.default.set_lora([LoRARequest(nickname, path, strength)])
 
     def job(self) -> list[tuple[str, str, float]]:
-        """What a new job gets that names no adapters."""
+        """The adapters of a new job that names none."""
         return [(spec.nickname, spec.identity, spec.strength) for spec in self.default.composition]
 
     async def restarted(self) -> Server:
@@ -84,5 +84,5 @@ def nicknames(composition: Sequence) -> list[str]:
 
 
 def merged(status: LoRAStatus) -> list[str]:
-    """The transformers that new jobs get an adapter in."""
+    """The transformers in which new jobs get an adapter."""
     return [transformer for transformer, active in status.active.items() if active.merged]

@@ -1,4 +1,4 @@
-"""Replicas that come, fail, are busy and die, and the state's restarts."""
+"""Replicas that join, fail, are busy or die, and restarts of the state."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def test_a_failing_replica_fails_the_call_and_the_previous_default_comes_b
 async def test_a_busy_replica_is_waited_for_as_long_as_it_polls(server: Server) -> None:
     server.replicas[0].busy.clear()
     setting = asyncio.create_task(server.set("style", "a"))
-    await asyncio.sleep(0.3)  # three times as long as it takes to be forgotten
+    await asyncio.sleep(0.3)  # three times the delay after which a replica is forgotten
     assert not setting.done()
     assert server.job() == []
     server.replicas[0].busy.set()
@@ -49,8 +49,8 @@ async def test_a_busy_replica_is_known_to_a_state_actor_that_restarts_too(server
     server.replicas[0].busy.clear()
     setting = asyncio.create_task(server.set("style", "a"))
     await asyncio.sleep(0.05)
-    server.propagation.version = 2 * server.propagation.version  # the version of one that began anew
-    await asyncio.sleep(0.3)  # three times as long as it takes to be forgotten
+    server.propagation.version = 2 * server.propagation.version  # another version, as after a restart
+    await asyncio.sleep(0.3)  # three times the delay after which a replica is forgotten
     assert "replica-0" in server.propagation.replicas
     setting.cancel()
     server.replicas[0].busy.set()

@@ -13,7 +13,7 @@ RANKS = 2
 
 @pytest_asyncio.fixture(scope="package", loop_scope="package")
 async def gang(ray_cluster: None) -> AsyncIterator[Gang]:
-    """Two real rank actors over gloo, with the bundled model. Every test leaves them whole."""
+    """Two real rank actors over gloo, with the bundled model. Every test leaves them intact."""
     args = ServerArgs(num_gpus=RANKS, device="cpu", dtype="fp32")
     bundles = [{"CPU": args.num_cpus_per_rank}] * RANKS
     placement_group = ray.util.placement_group(bundles)

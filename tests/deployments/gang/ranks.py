@@ -1,4 +1,4 @@
-"""What the tests ask of a gang: jobs, and calls inside of its ranks' processes."""
+"""What the tests run on a gang: jobs, and calls inside its ranks' processes."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ async def events_of(gang: Gang, a_job: Job, media: Media | None = None) -> list[
 
 
 async def on(rank: Any, function: Any, *args: Any) -> Any:
-    """Call a function with the actor itself, inside of its process."""
+    """Call a function with the actor itself, inside its process."""
     return await rank.__ray_call__.remote(function, *args)

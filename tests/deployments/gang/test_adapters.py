@@ -1,4 +1,4 @@
-"""Adapters on a gang of two: the ranks' weights are the same, and the base weights come back to the bit."""
+"""Adapters on a gang of two: both ranks have the same weights, and the base weights come back bit for bit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def adapter(gang: Gang, tmp_path_factory: pytest.TempPathFactory) -> Loade
     trained = train(transformer, ["to_q", "ffn.net.2"])
     folder = tmp_path_factory.mktemp("adapter")
     trained.peft_model.save_pretrained(folder)
-    # Owned by the test, as the state actor owns them in a server: they outlive the ranks.
+    # The test owns the factors, as the state actor does in a server: they outlive the ranks.
     loaded = await gang.load_lora(str(folder))
     return replace(loaded, factors=ray.put(await loaded.factors))
 
@@ -173,7 +173,7 @@ async def test_factors_that_went_with_their_owner_change_nothing(gang: Gang, ada
 
     async def merge_until_ray_notices() -> None:
         while True:
-            with suppress(ValueError):  # as long as they can be read: zeros are no factors
+            with suppress(ValueError):  # until they are lost, zeros are read, and refused
                 await merge(gang, replace(adapter, factors=factors))
             await asyncio.sleep(0.1)
 

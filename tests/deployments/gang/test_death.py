@@ -48,7 +48,7 @@ async def waits_for_its_ranks_with_nobody_to_tell_and_nobody_to_ask(gang: Gang) 
 
 
 async def test_a_rank_that_ray_killed_for_want_of_memory_has_died(gang: Gang, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray has an error of its own for it."""
+    """Ray raises a separate error for this."""
 
     async def killed(*args: object) -> None:
         raise OutOfMemoryError("Task was killed due to the node running low on memory.\nMemory on the node …")
@@ -62,7 +62,7 @@ async def test_a_rank_that_ray_killed_for_want_of_memory_has_died(gang: Gang, mo
 
 
 async def hit_amid_a_job(gang: Gang, signal_number: int) -> tuple[asyncio.Task[list[Event]], int]:
-    """Send a signal to a rank's process while it computes: the job, and the process."""
+    """Send a signal to a rank's process while it computes; return the running job and the process id."""
     running = asyncio.create_task(events_of(gang, job("doomed", steps=2000)))
     await asyncio.sleep(1)
     victim = await gang.ranks[1].ping.remote()
@@ -121,7 +121,7 @@ async def test_a_rank_without_memory_breaks_the_gang_and_a_restart_heals_it(
 async def test_what_is_too_large_for_the_leader_alone_breaks_the_gang_with_that_reason(
     gang: Gang, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It alone has the encoders, say; the others wait for it in a collective."""
+    """Only the leader has the encoders, for example; the others wait for it in a collective."""
 
     def run_out_of_memory(rank: Rank) -> None:
         import torch

@@ -1,4 +1,4 @@
-"""Jobs on a gang of two: they give events, stop, give way, fail."""
+"""Jobs on a gang of two: they yield events, stop, give way to others, fail."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gang, pytest.mark.asyncio(loop_scope="package")]
 
 
 def steps_told(events: list[Event], total: int) -> list[int]:
-    """In rising order, each once. Of steps that take less than 0.1 s not all are told."""
+    """The reported steps, each once, in rising order. Not all steps that take less than 0.1 s are reported."""
     steps = [event.step for event in events if isinstance(event, Progress)]
     assert events == [Progress(step, total) for step in steps]
     assert steps == sorted(set(steps))
@@ -59,7 +59,7 @@ async def test_a_late_stop_does_not_reach_the_next_job(gang: Gang) -> None:
 async def test_an_order_does_not_belong_to_the_request_that_gives_it(
     gang: Gang, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray would cancel it with the request, which it knows by the context of the call."""
+    """Ray would cancel it with the request, which it recognises by the context of the call."""
     request = ContextVar("request", default="none")
     given: list[tuple[str, str]] = []
     rank = SimpleNamespace(stop=SimpleNamespace(remote=lambda job_id: given.append((job_id, request.get()))))
@@ -106,7 +106,7 @@ async def test_what_the_pipeline_refuses_is_an_invalid_job_and_breaks_nothing(ga
 
 @pytest.mark.parametrize("fails", ["encode_output", "encode_image"])
 async def test_what_the_leader_cannot_encode_fails_alone_and_breaks_nothing(gang: Gang, fails: str) -> None:
-    """An output amid several, or a preview: the other ranks are on their way to the next step."""
+    """One of several outputs, or a preview: the other ranks have moved on to the next step."""
 
     def refuse(rank: Rank, function: str) -> None:
         from pipelines import generation

@@ -28,7 +28,7 @@ def a_job(video_id: str) -> Job:
 
 
 def a_video(store: JobStore, status: VideoStatus, video_id: str = "video_1") -> str:
-    """Bring a new job to `status` by the shortest legal way."""
+    """Bring a new job to `status` by the shortest legal path."""
     store.create(a_job(video_id), "wan", None, ())
     way = {QUEUED: (), IN_PROGRESS: (IN_PROGRESS,), COMPLETED: (IN_PROGRESS, COMPLETED), FAILED: (FAILED,)}
     for step in way[status]:

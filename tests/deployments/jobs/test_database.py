@@ -14,7 +14,7 @@ from deployments.jobs import JobStore
 from tests.deployments.jobs.rows import COMPLETED, FAILED, IN_PROGRESS, a_job, a_video
 
 FIRST_MIGRATIONS = schema.MIGRATIONS[:2]
-"""Those of the server that knew neither tenants nor retention."""
+"""Those of the server before it had tenants and retention."""
 
 AN_OLD_FILE = """
     INSERT INTO videos (id, idempotency_key, job, model, status, created_at, completed_at, error_code, error_message)
@@ -79,4 +79,4 @@ class TestTheFile:
         store.create(a_job("video_4"), "wan", None, ())
         assert store.page(None, 1, "desc").videos[0].job.id == "video_4"
         store.close()
-        JobStore(path).close()  # the second time there is nothing to do
+        JobStore(path).close()  # the second time, there is nothing to do

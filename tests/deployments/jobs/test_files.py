@@ -1,4 +1,4 @@
-"""`JobStore`: whose files are whose, and how long they are kept."""
+"""`JobStore`: which files belong to whom, and how long they are kept."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TestFiles:
 class TestRetention:
     @pytest.fixture
     def filled(self, store: JobStore) -> JobStore:
-        """Finished in this order: a failed video, one of 100 bytes, a picture of 30, a video of 50. Two go on."""
+        """Finished in order: a failed video, one of 100 bytes, an image of 30, a video of 50. Two are unfinished."""
         a_video(store, FAILED, "video_failed")
         for video_id, size in [("video_100", 100), ("image_30", 30), ("video_50", 50)]:
             store.reserve({f"file_{video_id}": size})

@@ -1,4 +1,4 @@
-"""`JobStore`: any history of jobs at all, against a model in memory."""
+"""`JobStore`: arbitrary histories of jobs, against a model in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.deployments.jobs.rows import COMPLETED, IN_PROGRESS, QUEUED, a_job
 
 
 class JobHistory(RuleBasedStateMachine):
-    """Jobs come, change and go, and the store is reopened, at any moment."""
+    """Jobs are created, changed and deleted, and the store is reopened, at any moment."""
 
     ids = Bundle("ids")
 

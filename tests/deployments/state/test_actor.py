@@ -1,4 +1,4 @@
-"""`State` as the actor that Ray runs: one for all who ask, and soon there again when it is killed."""
+"""`State` as the actor that Ray runs: one for all its clients, and soon restarted when it is killed."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def test_the_state_needs_no_torch():
 
 
 def test_its_settings_are_all_that_it_reads_of_the_arguments():
-    """Else it would keep the old value of one when the server is deployed with another."""
+    """Otherwise it would keep the old value of an argument when the server is redeployed with a new one."""
     read = re.findall(r"args\.(\w+)", inspect.getsource(state) + inspect.getsource(log.configure))
     assert set(read) == set(SETTINGS)
 
 
 @pytest.fixture
 def engine_by_value() -> Iterator[None]:
-    """Ray's workers need not find the tests."""
+    """So that Ray's workers need not import the tests."""
     ray.cloudpickle.register_pickle_by_value(step_engine)
     yield
     ray.cloudpickle.unregister_pickle_by_value(step_engine)
@@ -87,11 +87,11 @@ class TestTheActor:
         await actor.create_video.remote(a_job(), INPUTS, "wan")
         make = partial(StepEngine, engine.folder)
         renew_state_actor(args.model_copy(update={"num_gpus": 2}), make)
-        assert (await actor.get_video.remote("video_1")).job == a_job()  # it does not read that one
+        assert (await actor.get_video.remote("video_1")).job == a_job()  # it does not read `num_gpus`
         renew_state_actor(args.model_copy(update={"max_queue": 1}), make)
         with pytest.raises(ActorDiedError):
             async with asyncio.timeout(20):
-                while True:  # for the moment that Ray takes to end it, it still answers
+                while True:  # until Ray has ended it, it still responds
                     await actor.get_video.remote("video_1")
         renewed = state_actor(args, make)
         assert (await renewed.get_video.remote("video_1")).job == a_job()
@@ -103,7 +103,7 @@ class TestTheActor:
         forget_state_actor()
         with pytest.raises(APIError) as gone:
             async with asyncio.timeout(20):
-                while True:  # for the moment that Ray takes to end it, it still answers
+                while True:  # until Ray has ended it, it still responds
                     await client.get_video("video_1")
         assert gone.value.status == 503
         assert (await client.get_video("video_1")).job == a_job()
@@ -143,7 +143,7 @@ class TestTheActor:
             calls = [actor.create_video.remote(a_job(video_id), INPUTS, "wan", video_id) for video_id in half]
             await until(lambda half=half: any("began" in engine.journal(video_id) for video_id in half))
             os.kill(engine.pid(), signal.SIGKILL)
-            await asyncio.gather(*calls)  # made again by Ray
+            await asyncio.gather(*calls)  # Ray retries them
         for video_id in ids:
             async with asyncio.timeout(60):
                 while (video := await actor.get_video.remote(video_id)).status is not VideoStatus.COMPLETED:

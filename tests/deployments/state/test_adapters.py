@@ -1,4 +1,4 @@
-"""`State` and adapters: what accepted jobs name is known as long as they need it, through restarts and deletes."""
+"""`State` and adapters: those of accepted jobs stay known while they are needed, through restarts and deletes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def clip(video_id: str, lora: tuple[LoRASpec, ...]) -> Job:
 
 
 def noted(state: State) -> list[str]:
-    """Identities of the adapters that a restart would know."""
+    """Identities of the adapters that would be known after a restart."""
     return [adapter["identity"] for adapter in state._jobs.noted("adapters")["adapters"]]
 
 
@@ -91,7 +91,7 @@ async def test_a_merged_adapter_and_its_strength_outlive_the_state(
 
 @pytest.fixture
 def started_with(args: ServerArgs, engine: LoadingEngine) -> Callable[[str], State]:
-    """The state of a server that was started with the adapter at this path."""
+    """The state of a server started with the adapter at this path."""
     return lambda path: State(args.model_copy(update={"lora_path": path, "lora_nickname": "start"}), lambda: engine)
 
 

@@ -1,4 +1,4 @@
-"""`State` and videos that fail: tried again as often as promised, and told why."""
+"""`State` and videos that fail: they are retried as often as promised, and report why they failed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.deployments.step_engine import StepEngine
 
 
 class RaisingEngine(StepEngine):
-    """Raises `errors` one after the other, each after so many steps; then it computes."""
+    """Raises `errors` one after the other, each after `after` steps; then it computes."""
 
     def __init__(self, folder: Path, *errors: Exception, after: int):
         super().__init__(folder)

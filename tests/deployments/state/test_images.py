@@ -1,4 +1,4 @@
-"""`State` and pictures that are kept to be downloaded."""
+"""`State` and images that are kept for download."""
 
 from __future__ import annotations
 

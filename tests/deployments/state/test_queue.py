@@ -1,4 +1,4 @@
-"""`State` and videos that wait: how many are with the engine, and which goes next."""
+"""`State` and queued videos: how many the engine has, and which is next."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def begun(engine: StepEngine) -> list[str]:
 
 
 async def fill(state: State, engine: StepEngine) -> None:
-    """Have more videos than one replica takes; none ends before it is told to."""
+    """Create more videos than one replica takes; none ends before the test lets it."""
     for video_id in IDS:
         engine.allow(video_id, 1)
         await state.create_video(a_job(video_id), INPUTS, "wan")

@@ -1,4 +1,4 @@
-"""`State` after a kill: a new life finishes what the old one had accepted, and tidies up after it."""
+"""`State` after a kill: a new life finishes what the old one had accepted, and cleans up after it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def main():
 
 asyncio.run(main())
 """
-"""A server that is killed as soon as it has written a file under a prefix."""
+"""A server that kills itself as soon as it has written a file under a prefix."""
 
 
 class TestANewLife:
@@ -75,7 +75,7 @@ class TestANewLife:
         assert engine.journal("video_1") == ["began", "stopped", "began", "ended"]
         await state.close()
 
-        state = State(args, lambda: engine)  # what is finished is not begun again
+        state = State(args, lambda: engine)  # what is finished is not restarted
         await asyncio.sleep(0.05)
         assert engine.journal("video_1") == ["began", "stopped", "began", "ended"]
         await state.close()
@@ -129,7 +129,7 @@ class TestANewLife:
         videos = (await state.list_videos(None, 10, "desc")).videos
         assert [video.status for video in videos] == [VideoStatus.IN_PROGRESS] * left
         engine.allow("video_1", 4)
-        await state.create_video(a_job(), INPUTS, "wan")  # the client had no answer, and asks again
+        await state.create_video(a_job(), INPUTS, "wan")  # the client got no response, and retries
         assert (await finished(state)).status is VideoStatus.COMPLETED
         await until(lambda: files(args) == VIDEO_1_FILES)
         await state.close()

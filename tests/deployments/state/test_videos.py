@@ -1,4 +1,4 @@
-"""`State` and videos: each is made once, and leaves no more files than its record names."""
+"""`State` and videos: each is made once, and leaves only the files that its record names."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TestAVideo:
         video = await finished(state)
         assert (video.status, video.progress, video.error) == (VideoStatus.COMPLETED, 100, None)
         assert video.timings == {"denoise": 0.25, "decode": 0.5}
-        await until(lambda: files(args) == VIDEO_1_FILES)  # the inputs are needed no more
+        await until(lambda: files(args) == VIDEO_1_FILES)  # the inputs are no longer needed
 
     async def test_is_downloaded_in_ranges_in_every_variant(self, state):
         job = a_job(seeds=(7, 8))

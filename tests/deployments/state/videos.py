@@ -1,4 +1,4 @@
-"""A video to store, and ways to wait for what becomes of it."""
+"""A video to store, and ways to wait for its outcome."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PHOTO = b"a photo of a lighthouse"
 INPUTS = {content_key(PHOTO): PHOTO}
 
 MAX_ATTEMPTS = 3
-"""Of the fixture `args`."""
+"""As set by the fixture `args`."""
 
 VIDEO_1_FILES = {"videos/video_1-0.mp4", "videos/video_1-0.webp", "videos/video_1-0.jpg"}
 

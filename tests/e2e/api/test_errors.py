@@ -1,4 +1,4 @@
-"""Bad input: each kind gets its status in OpenAI's envelope, names the parameter, and hurts nobody after it."""
+"""Bad input: each kind gets its status in OpenAI's envelope, with the parameter, and harms no later request."""
 
 from __future__ import annotations
 

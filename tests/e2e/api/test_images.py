@@ -19,7 +19,7 @@ FORM = {name: str(value) for name, value in SMALL.items()}
 
 
 def small(**fields: Any) -> dict[str, Any]:
-    """Arguments of OpenAI's client for a small picture; what is no argument of its own goes into `extra_body`."""
+    """Arguments of OpenAI's client for a small image; `fields` go into `extra_body`."""
     return {"prompt": "p", "size": "64x64", "extra_body": {**FAST, **fields}}
 
 

@@ -1,4 +1,4 @@
-"""`stream=true`: pictures as server-sent events, and what happens to a client that leaves."""
+"""`stream=true`: images as server-sent events, and what happens when a client disconnects."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_steps_are_comments_so_that_the_line_is_never_silent(server: Server) -> 
         lines = list(answer.iter_lines())
     told = [line for line in lines if line.startswith(":")]
     assert told == [line for line in (f": step {i} of 3" for i in range(4)) if line in told]
-    assert {": step 0 of 3", ": step 1 of 3", ": step 3 of 3"} <= {*told}  # steps within 0.1 s may be told as one
+    assert {": step 0 of 3", ": step 1 of 3", ": step 3 of 3"} <= {*told}  # steps within 0.1 s may be reported as one
     (data,) = (json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: "))
     assert data["usage"]["total_tokens"] == 0
 

@@ -21,7 +21,7 @@ FORM = {name: str(value) for name, value in SHORT.items()}
 
 @pytest.fixture(scope="module")
 def clip(server: Server) -> str:
-    """The id of a finished pair of clips."""
+    """The id of a finished job of two videos."""
     return server.wait_for_video(server.create_video(n=2, seed=1)["id"])["id"]
 
 

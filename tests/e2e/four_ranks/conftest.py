@@ -15,12 +15,12 @@ DOCUMENTED = (
     "--ulysses-degree=2",
     "--ring-degree=2",
 )
-"""Flags of the command of SGLang's documents."""
+"""Flags of the command in SGLang's documents."""
 
 
 @pytest.fixture(scope="package")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the server takes adapters from: tests put them there."""
+    """The server's folder of adapters, where tests put them."""
     return tmp_path_factory.mktemp("adapters")
 
 

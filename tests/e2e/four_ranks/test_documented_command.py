@@ -1,4 +1,4 @@
-"""The command of SGLang's documents: four ranks, two of Ulysses by two of ring. Without GPUs they are processes."""
+"""The command in SGLang's documents: four ranks, Ulysses 2 by ring 2. Without GPUs, each is a process on CPUs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_picture_is_the_one_of_a_single_rank(four_ranks: Server, server: Serve
 
 
 def test_a_picture_of_fewer_tokens_than_ranks_is_refused(four_ranks: Server) -> None:
-    """The last rank would have nothing to compute, and its failure break the gang."""
+    """The last rank would have nothing to compute, and its failure would break the gang."""
     ranks = four_ranks.ranks()
     answer = four_ranks.http.post("/v1/images/generations", json={**SMALL, "size": "48x16"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "size")
@@ -55,7 +55,7 @@ def test_an_edit_is_the_one_of_a_single_rank(four_ranks: Server, server: Server)
 
 
 def test_a_clip_is_the_one_of_a_single_rank(four_ranks: Server, server: Server) -> None:
-    """Their thumbnails are compared: an MP4 encoder need not be exact."""
+    """Compares their thumbnails: an MP4 encoder need not be exact."""
     thumbnails = []
     for each in (four_ranks, server):
         video = each.wait_for_video(each.create_video(seed=5, size="128x128")["id"])
@@ -75,7 +75,7 @@ def test_deleting_a_running_video_frees_the_ranks(four_ranks: Server) -> None:
 
 
 def seconds_of_long_picture(server: Server) -> float:
-    """As its first steps foretell. The client then leaves the stream."""
+    """Estimated from its first steps; the client then disconnects."""
     started = time.monotonic()
     with server.http.stream("POST", "/v1/images/generations", json={**LONG, "stream": True}) as answer:
         steps = list(islice(answer.iter_lines(), 40))

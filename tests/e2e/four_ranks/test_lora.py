@@ -1,4 +1,4 @@
-"""Adapters on four ranks (2x2), taken from one folder: every format, every fault, and what is left when a rank dies."""
+"""Adapters on four ranks (2x2), from one folder: every format, every fault, and what survives a rank's death."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ WAN_FORMATS = {
 
 @pytest.fixture(scope="module")
 def trained() -> Trained:
-    """By PEFT, for the bundled model."""
+    """Made by PEFT, for the bundled model."""
     transformer = WanTransformer3DModel.from_pretrained(model_directory() / "transformer")
     return train(transformer, WAN_LAYERS, r=4, lora_alpha=8)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def saved(trained: Trained, folder: Path) -> None:
-    """One in every format, in a folder each, and another one."""
+    """That adapter in every format, each in its own folder, and another adapter."""
     for name, make in WAN_FORMATS.items():
         save(make(trained), folder / name / "adapter.safetensors")
     trained.peft_model.save_pretrained(folder / "as PEFT saves it")
@@ -57,7 +57,7 @@ def nothing_merged(four_ranks: Server) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def base(four_ranks: Server) -> bytes:
-    """The picture without an adapter."""
+    """The image without an adapter."""
     return four_ranks.picture(**SEED, lora=[])
 
 
@@ -78,7 +78,7 @@ def merged(server: Server) -> list[str]:
 
 
 def farthest(one: bytes, other: bytes) -> int:
-    """The largest difference of two pictures, of 255."""
+    """The largest difference between the pixels of two images, out of 255."""
     return int(np.abs(pixels(one) - pixels(other)).max())
 
 
@@ -87,7 +87,7 @@ def farthest(one: bytes, other: bytes) -> int:
 
 @pytest.fixture(scope="module")
 def fused(trained: Trained) -> bytes:
-    """The picture of a model that PEFT itself merged the adapter into, computed without a server."""
+    """The image of a model into which PEFT itself merged the adapter, computed without a server."""
     model = load_model(ServerArgs(device="cpu", dtype="fp32"))
     model.transformers["transformer"].load_state_dict(trained.fused)
     defaults = model.card.family.defaults_for(Task.TEXT_TO_IMAGE).model_dump()
@@ -145,7 +145,7 @@ WIDTH = SHAPE["num_attention_heads"] * SHAPE["attention_head_dim"]
 
 
 def of(width: int = WIDTH, **layers: str) -> State:
-    """A LoRA of ones for layers by any name."""
+    """A LoRA of ones for layers of any name."""
     return {
         f"{layer}.lora_{half}.weight": torch.ones(shape)
         for layer in layers.values()
@@ -185,7 +185,7 @@ REASONS = {
     "link": "lies outside of this server's folder of adapters",
     "someone/style": "does not exist in this server's folder of adapters, and it takes adapters from nowhere else",
 }
-"""By path below the server's folder, which is named after what is wrong."""
+"""By path below the server's folder; most paths are named after what is wrong."""
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_a_bad_adapter_is_refused_with_its_reason_and_what_was_active_stays_exac
     with_good = four_ranks.picture(**SEED)
     before = four_ranks.http.get("/v1/list_loras").json()
 
-    # As the merged one's new weights, as part of a composition, and as a request's own.
+    # As new weights for the merged adapter, and as part of a request's own composition.
     bodies = {
         "/v1/set_lora": {"lora_nickname": "good", "lora_path": named},
         "/v1/images/generations": {**SMALL, "lora": ["good", {"nickname": "bad", "path": named}]},
@@ -269,7 +269,7 @@ def test_a_file_that_has_changed_is_loaded_again_and_the_answer_says_so(four_ran
 
 
 def test_adapters_outlive_the_ranks_and_their_files(four_ranks: Server, folder: Path, base: bytes) -> None:
-    """A gang that is idle when one of its ranks is killed is whole again for the next request."""
+    """A gang that loses a rank while idle is whole again for the next request."""
     shutil.copy(folder / "other.safetensors", folder / "gone.safetensors")
     set_lora(four_ranks, "kept", "gone.safetensors")
     with_kept = four_ranks.picture(**SEED)

@@ -26,7 +26,7 @@ from tests.pipelines.bundled.conftest import CLIP, RECIPE, STILL
 
 @torch.no_grad()
 def shaken(module: torch.nn.Module) -> torch.nn.Module:
-    """With random weights everywhere: what begins at zero would hide what differs."""
+    """With random weights everywhere: weights that start at zero would hide differences."""
     torch.manual_seed(0)
     for parameter in module.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -107,7 +107,7 @@ def test_the_transformer_on_the_tokens_of_a_frame_is_that_on_the_frame_alone() -
         with on_tokens(transformer, second_frame):
             among_others = transformer(latents, timesteps, text, return_dict=False)[0]
         everything = transformer(latents, timesteps, text, return_dict=False)[0]
-    # Positions count relative to each other, and both frames are at the same height and width.
+    # Only relative positions count, and both frames are at the same height and width.
     torch.testing.assert_close(among_others[:, :, 1:], alone, atol=1e-5, rtol=1e-4)
     assert (among_others[:, :, 0] == 0).all()
     assert (everything[:, :, 1:] - alone).abs().max() > 1e-3, "the first frame would make no difference"
@@ -124,7 +124,7 @@ def test_only_a_share_of_the_tokens_is_asked_for(tokenizer: PreTrainedTokenizerF
     loss, _ = flow_loss(model, batch, latents, torch.Generator().manual_seed(0))
     loss.backward()
     assert latents.grad is not None
-    # The last layer begins at zero: what the loss sees of the latents is the velocity that it asks for.
+    # The last layer starts at zero, so the loss depends on the latents only through the velocity that it asks for.
     asked = (latents.grad != 0).all(dim=(0, 1)).unflatten(1, (2, 2)).unflatten(3, (2, 2)).all(dim=(2, 4))
     assert asked.shape == (2, 2, 2)
     if given_first_frame:

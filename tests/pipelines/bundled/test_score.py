@@ -1,4 +1,4 @@
-"""The score asks for what training never showed, and its measures are right about true renders."""
+"""The score asks for what training never showed, and measures true renders correctly."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_each_object_is_in_a_crop_of_its_own() -> None:
 
 
 class Knows(torch.nn.Module):
-    """Answers with these classes, whatever it sees."""
+    """Classifies crops as these classes, whatever they show."""
 
     def __init__(self, *answers: int) -> None:
         super().__init__()

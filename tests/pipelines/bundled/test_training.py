@@ -1,4 +1,4 @@
-"""Each stage runs, pauses, resumes to the same weights, and leads to a model that is served as any other."""
+"""Each stage runs, pauses, resumes to the same weights, and leads to a model that is served like any other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a result computed by several ranks is from the one that a rank computes alone."""
+"""How far a result computed by several ranks is from the one that one rank computes alone."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Comparison:
     exact: bool
     """Whether every bit is the same."""
     digest: str
-    """Of the result: ranks that hold the same have the same."""
+    """Of the result: equal results have equal digests."""
 
 
 def compare(result: Tensor, expected: Tensor) -> Comparison:
-    # numpy has no bfloat16, and float64 loses nothing of it.
+    # numpy has no bfloat16, and float64 holds it exactly.
     result, expected = result.double(), expected.double()
     return Comparison(
         error=float((result - expected).norm() / expected.norm()),

@@ -21,7 +21,7 @@ class Sizes:
     """Frames, height and width in tokens. Image families take the last two."""
     text: int
     masked: bool = False
-    """Two items, the text of the second of which ends with padding."""
+    """Two items; the second one's text ends with padding."""
 
     @property
     def batch(self) -> int:
@@ -35,7 +35,7 @@ class Sizes:
 EVEN = Sizes(grid=(2, 8, 8), text=48)
 """Every stream divides by 4."""
 UNEVEN = Sizes(grid=(3, 9, 7), text=49)
-"""None does."""
+"""No stream does."""
 MASKED = Sizes(grid=(2, 8, 8), text=48, masked=True)
 MASKED_UNEVEN = Sizes(grid=(3, 9, 7), text=49, masked=True)
 SHORT_TEXT = Sizes(grid=(3, 9, 7), text=3)
@@ -122,7 +122,7 @@ def qwen_image(sizes: Sizes, images: int = 1) -> dict[str, Any]:
 
 
 def z_image(sizes: Sizes) -> dict[str, Any]:
-    """Streams are padded to multiples of 32. Captions of different lengths make it mask the shorter."""
+    """Z-Image pads streams to multiples of 32. If captions differ in length, it masks the shorter."""
     _, height, width = sizes.grid
     captions = [noise(sizes.text + 40 * item, text.DIM) for item in range(sizes.batch)]
     return {
@@ -145,7 +145,7 @@ def sd3(sizes: Sizes) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Forward:
     family: str
-    """In `tests.tiny_models`."""
+    """Its name in `tests.tiny_models`."""
     arguments: Callable[[Sizes], dict[str, Any]]
     masks: bool = False
     """Whether the transformer masks padding."""

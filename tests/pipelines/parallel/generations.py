@@ -19,7 +19,7 @@ from tests.pipelines.parallel.comparison import Comparison, compare
 
 
 def latents(model: Model, task: Task) -> Tensor:
-    """Of a small job with the family's defaults, whose sizes are multiples of nothing."""
+    """Of a small job with the family's defaults, whose sizes are not multiples of any in which the model computes."""
     job, media = make_job(model, task)
     pipeline = model.pipeline_for(task)
     pipeline.set_progress_bar_config(disable=True)

@@ -26,7 +26,7 @@ from tests.lora.adapters import save, train, with_prefix
 pytestmark = pytest.mark.gang
 
 FAMILY = "wan2.2-t2v"
-"""Of two experts."""
+"""A model of two experts."""
 
 SQUARE = ParallelDims(ulysses_degree=2, ring_degree=2)
 
@@ -39,7 +39,7 @@ LAYERS = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three adapters by PEFT."""
+    """Three adapters made by PEFT."""
     folder = tmp_path_factory.mktemp("adapters")
     transformer = tiny_models.build(FAMILY).transformer
     return [
@@ -54,7 +54,7 @@ def loaded(path: Path, dtype: str, mesh: Mesh | None) -> Model:
 
 
 def checksums(model: Model) -> dict[str, str]:
-    """Of every weight that denoises."""
+    """Of every weight of the transformers."""
     return {
         f"{name}.{key}": sha256(tensor.detach().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, transformer in model.transformers.items()
@@ -67,7 +67,7 @@ class Injected(Exception):
 
 
 def write_sum_failing_after(count: int) -> Callable[..., None]:
-    """A merge's writes, of which the one after `count` good ones fails halfway, as for want of memory."""
+    """A merge's write that, after `count` good ones, fails halfway, as if out of memory."""
     write_sum, calls = merge._write_sum, iter(range(1_000_000))
 
     def failing(parameter: torch.Tensor, *rest: object) -> None:

@@ -32,7 +32,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 
 
 def padding(batch: int, total: int) -> Tensor:
-    """The first item sees all, the others ever less: the last one nothing that the last three ranks hold."""
+    """The first item sees every token, each later one fewer; the last sees none that the last three ranks hold."""
     return (
         torch.arange(total)
         < torch.tensor([total - item * (total * 4 // 5) // max(1, batch - 1) for item in range(batch)])[:, None]
@@ -48,7 +48,7 @@ def additive(batch: int, total: int) -> Tensor:
 
 
 def biased(batch: int, total: int) -> Tensor:
-    """Neither seen nor hidden."""
+    """A bias that neither shows nor hides a token."""
     return torch.randn(batch, total, generator=torch.Generator().manual_seed(2))
 
 
@@ -67,7 +67,7 @@ def compare_attention(
     make_mask: Callable[[int, int], Tensor | None],
     batch: int = 3,
 ) -> Comparison:
-    """Two streams of `totals` tokens, this rank's part of the result against the same part of the whole."""
+    """Compare this rank's part of the result, for two streams of `totals` tokens, with that part of the whole."""
     generator = torch.Generator().manual_seed(1)
     query, key, value = torch.randn(3, batch, sum(totals), heads, 16, generator=generator).to(dtype).unbind()
     mask = make_mask(batch, sum(totals))

@@ -23,7 +23,7 @@ DIMS = ParallelDims(ulysses_degree=2, ring_degree=2)
 
 
 class Encoder:
-    """Stands for a pipeline: what it gives depends on the rank that computed it."""
+    """Stands in for a pipeline: its `result` tells which rank computed it."""
 
     def __init__(self, result: Any = None, error: Exception | None = None):
         self.result = result
@@ -47,7 +47,7 @@ def nested(rank: int) -> Any:
 
 
 def test_an_error_leaves_nothing_for_the_cycle_collector(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an encoder computed before it failed is gigabytes on a GPU."""
+    """What an encoder computed before it failed takes gigabytes on a GPU."""
     activations: list[weakref.ref[Encoder]] = []
 
     def encode_prompt() -> None:
@@ -80,7 +80,7 @@ def test_every_rank_gets_the_nested_result_of_rank_0(gang: Gang) -> None:
 
 
 class Refusal(ValueError):
-    """Pickles, but cannot be made again from what was pickled."""
+    """Can be pickled, but not unpickled."""
 
     def __init__(self, message: str, param: str):
         super().__init__(message)

@@ -42,7 +42,7 @@ def a_job(**parameters: object) -> Job:
 
 
 def picture(mesh: Mesh | None, directory: Path, jobs: list[Job]) -> list[NDArray[np.float32]]:
-    """Pixels of each job, one after the other on one model; none on ranks other than 0."""
+    """Pixels of the jobs, run one after the other on one model; none on ranks other than 0."""
     size = 1 if mesh is None else mesh.size
     cfg = mesh is not None and mesh.dims.cfg_degree > 1
     args = ServerArgs(model_path=str(directory), device="cpu", dtype="fp32", num_gpus=size, enable_cfg_parallel=cfg)

@@ -28,7 +28,7 @@ BATCHED = ("Z-Image", "SD3")
 
 
 class Scheduler:
-    """Stands for a job's: the first to read what an unguided step predicts."""
+    """Stands in for a job's: the first to read what an unguided step predicts."""
 
     def step(self, predicted: Tensor) -> Tensor:
         return 0.5 * predicted
@@ -87,7 +87,7 @@ def test_a_batch_of_both_branches_and_a_batch_of_one_equal_those_of_one_rank(
 
 
 def count_forwards(mesh: Mesh, name: str, guided_steps: int) -> int:
-    """How many forwards this rank computes in so many steps of two calls."""
+    """How many forwards this rank computes in `guided_steps` steps of two calls."""
     transformer = forwards.transformer(name)
     computed = []
     transformer.proj_out.register_forward_hook(lambda *_: computed.append(1))
@@ -104,7 +104,7 @@ def test_each_half_computes_one_of_two_calls(gang: Gang) -> None:
 
 
 def guide_after_a_failure(mesh: Mesh, name: str) -> Comparison:
-    """A job that fails between its two calls, then another."""
+    """A job that fails between its two calls, then another job."""
     transformer = forwards.transformer(name)
     arguments = forwards.arguments(name, UNEVEN)
     expected = step(transformer, Scheduler(), arguments, arguments)

@@ -38,7 +38,7 @@ def test_each_branch_of_guidance_shards_its_own_sequence(gang: Gang) -> None:
 
 
 def coordinates(mesh: Mesh) -> bool:
-    """Whether the coordinates that the mesh computes are the ranks that its groups have given."""
+    """Whether the coordinates that the mesh computes are this rank's numbers in its groups."""
     return (mesh.cfg_rank, mesh.ring_rank, mesh.ulysses_rank, mesh.sequence_rank) == tuple(
         dist.get_rank(group) for group in (mesh.cfg, mesh.ring, mesh.ulysses, mesh.sequence)
     )

@@ -51,7 +51,7 @@ def test_a_sharded_forward_equals_the_whole_one(gang: Gang, name: str, dims: Par
     for sizes, *comparisons in zip(all_sizes, *by_rank, strict=True):
         assert comparisons[0].error <= 1e-5, sizes
         assert len({comparison.digest for comparison in comparisons}) == 1, f"the ranks differ at {sizes}"
-        # With few tokens a rank even a linear layer rounds differently: the BLAS has other kernels for up to 8 rows.
+        # With few tokens per rank, even a linear layer rounds differently: BLAS has other kernels for up to 8 rows.
         if dims == ULYSSES and sizes != SHORT_TEXT:
             assert comparisons[0].exact, sizes
 
@@ -85,14 +85,14 @@ def compare_with_backend(mesh: Mesh, name: str, backend: str) -> Comparison:
 
 @pytest.mark.parametrize("backend", ["_native_math", "flex"])
 def test_ulysses_attends_with_the_chosen_backend(gang: Gang, backend: str) -> None:
-    """Also with one that knows nothing of parallelism; the unsharded transformer beside it is not disturbed."""
+    """Even with one that knows nothing of parallelism; the unsharded transformer beside it is not disturbed."""
     for comparison in gang.run(compare_with_backend, ULYSSES, "Wan T2V", backend):
         assert comparison.error <= 1e-6
 
 
 def compare_unsharded_beside_sharded(mesh: Mesh, name: str) -> Comparison:
-    """A transformer that is not sharded, before and after others are, with another input on each rank: in a collective
-    they would mix."""
+    """An unsharded transformer, before and after others are sharded, with another input on each rank: a collective
+    would mix them."""
     transformer = forwards.transformer(name)
     arguments = forwards.arguments(name, UNEVEN)
     arguments["hidden_states"] *= mesh.rank + 1
@@ -109,7 +109,7 @@ def test_a_transformer_beside_a_sharded_one_stays_what_it_was(gang: Gang) -> Non
 
 
 def compare_compiled(mesh: Mesh, name: str, all_sizes: list[Sizes]) -> tuple[list[Comparison], int]:
-    """Also gives the number of graphs that were compiled."""
+    """Also return the number of graphs that were compiled."""
     torch._dynamo.reset()
     transformer = forwards.transformer(name)
     arguments = [forwards.arguments(name, sizes) for sizes in all_sizes]
