@@ -5,8 +5,8 @@
     python -m benchmarks.beside http://localhost:31999 --process-group 4711 --model models/wan2.1-t2v [--ranks 2]
 
 The other server is started by hand. It is stopped (SIGSTOP) while ours is measured, because it may keep a core busy
-when idle; ours stays idle while the other is measured. Each gets its requests in blocks, and only the first block's
-prompts are new.
+when idle; ours stays idle while the other is measured. Each gets its requests in blocks, every one with a new prompt,
+because ours remembers encodings.
 
 SGLang 0.5.23 comes without its CPU kernels, which need AMX. On a machine without them, replace `forward_cpu` of its two
 fused norms by its own `forward_native`, and `_fuse_scale_shift_kernel_cpu` by `x * (scale_constant + scale) + shift`.
@@ -53,14 +53,15 @@ def main() -> None:
         for model in {case.model for case in CASES}:
             print(save(model, arguments.save))
         return
+    prompts = (f"a cat, take {number}" for number in itertools.count())
     flags = ("--model-path", str(arguments.model.resolve()), "--num-gpus", str(arguments.ranks))
     with tempfile.TemporaryDirectory() as folder, running_server(Path(folder), *flags) as server:
         for case in (case for case in CASES if case.model == arguments.model.name and arguments.case in case.name):
             ours, others = [], []
             for _ in range(arguments.blocks):
                 with stopped(arguments.process_group):
-                    ours.append(p50(server.base_url, case, arguments.requests))
-                others.append(p50(arguments.url, case, arguments.requests))
+                    ours.append(p50(server.base_url, case, prompts, arguments.requests))
+                others.append(p50(arguments.url, case, prompts, arguments.requests))
             ratio = statistics.median(ours) / statistics.median(others)
             print(
                 f"{case.name}, {arguments.ranks} rank(s): ours {listed(ours)}, the other {listed(others)}: {ratio:.2f}"
@@ -76,9 +77,8 @@ def stopped(process_group: int) -> Iterator[None]:
         os.killpg(process_group, signal.SIGCONT)
 
 
-def p50(url: str, case: Case, requests: int) -> float:
+def p50(url: str, case: Case, prompts: Iterator[str], requests: int) -> float:
     """Median milliseconds from a request to the finished file, after two warm-up requests."""
-    prompts = (f"a cat, take {number}" for number in itertools.count())
     with httpx2.Client(base_url=url, timeout=600) as http:
         ask = partial(clip if case.num_frames > 1 else picture, http, case)
         ask(next(prompts))

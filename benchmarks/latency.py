@@ -64,7 +64,8 @@ def compare(case: Case, directory: Path, server: Server, ranks: int, requests: i
     pipeline = DiffusionPipeline.from_pretrained(directory)
     pipeline.set_progress_bar_config(disable=True)
 
-    prompts = (f"a cat, take {number}" for number in itertools.count())  # new to the server in its first case
+    # New to the server, which remembers encodings: the name tells this case's from those of another on the same server.
+    prompts = (f"a cat in a {case.name}, take {number}" for number in itertools.count())
 
     def bare() -> None:
         frames = {"num_frames": case.num_frames} if case.num_frames > 1 else {}

@@ -86,18 +86,13 @@ class Engine:
         """Queue `job` and yield its events: with `progress`, one when it begins and those of its denoising steps; last
         its `Result`. Closing the iterator abandons the job.
 
-        A repeated request for a job (by the state actor, after a crash) takes it over from the earlier one. All videos
-        are then requested again, each from any replica, so nobody waits for those of another `asker` here.
+        A repeated request for a job takes it over from the earlier one.
 
         Raises:
             APIError: 429, too many images wait; 504, its time is up; 500, it failed.
             InvalidJob: the pipeline refused it.
         """
-        for older in [*self.schedule, *([self.running] if self.running else [])]:
-            is_left = job.task.is_video and older.is_video and older.asker != asker
-            if older.job.id == job.id or is_left:
-                # The error ends a call that may still be open: it would keep this replica from draining.
-                self._abandon(older, "left", APIError(409, "The job was asked for again", code="taken_over"))
+        self._take_over(job, asker)
         ticket = Ticket(job, media, progress, asker)
         await self._enqueue(ticket)
         try:
@@ -108,6 +103,17 @@ class Engine:
         except (GeneratorExit, asyncio.CancelledError):
             self._abandon(ticket)
             raise
+
+    def _take_over(self, job: Job, asker: str) -> None:
+        """End what nobody here waits for once `asker` requests `job`: an earlier request for the same job and, if it is
+        a video, the videos of another `asker`. That was a state actor which has crashed since. The new one requests all
+        of its videos again, each from any replica."""
+        unfinished = list(self.schedule) if self.running is None else [self.running, *self.schedule]
+        for older in unfinished:
+            is_left = job.task.is_video and older.is_video and older.asker != asker
+            if older.job.id == job.id or is_left:
+                # The error ends a call that may still be open: it would keep this replica from draining.
+                self._abandon(older, "left", APIError(409, "The job was asked for again", code="taken_over"))
 
     async def _enqueue(self, ticket: Ticket) -> None:
         async with self._schedule_changed:

@@ -16,7 +16,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.cache_utils import CacheMixin
 from torch import nn
 
-from pipelines.parallel.mesh import Mesh
+from pipelines.parallel.mesh import Mesh, all_gather_single
 
 BRANCHES = 2
 
@@ -108,7 +108,8 @@ class HalfOfBatch(ModelHook):
         batch = len(args[0] if args else next(iter(kwargs.values())))  # the latents come first
         if batch % BRANCHES:
             return self.fn_ref.original_forward(*args, **kwargs)
-        part = slice(*(batch // BRANCHES * (self._mesh.cfg_rank + end) for end in (0, 1)))
+        size = batch // BRANCHES
+        part = slice(self._mesh.cfg_rank * size, (self._mesh.cfg_rank + 1) * size)
 
         def mine(value: Any) -> Any:
             batched = isinstance(value, list) or (isinstance(value, torch.Tensor) and value.dim() > 0)
@@ -123,5 +124,5 @@ class HalfOfBatch(ModelHook):
 
     def _gathered(self, half: torch.Tensor) -> torch.Tensor:
         whole = half.new_empty(BRANCHES * half.shape[0], *half.shape[1:])
-        dist.all_gather_into_tensor(whole, half.contiguous(), group=self._mesh.cfg)
+        all_gather_single(whole, half.contiguous(), group=self._mesh.cfg)
         return whole
