@@ -1,8 +1,8 @@
 """The server's log: lines from any of its processes, as text or JSON, each with the ids to find it by.
 
 A request has an id from its arrival at the ingress until its response. It starts a job, whose id goes further, to the
-state actor, the engine and the ranks; the ingress logs both ids. No line has a client's prompt, key or path: lines say
-what happened, by ids.
+state actor, the engine and the ranks; the ingress logs both ids. No line has a client's prompt, key or file name: lines
+say what happened, by ids. The reason why an adapter could not be used names its path.
 
 Lines go to stderr, which Ray keeps for each process in the `logs` folder of its session.
 """
