@@ -18,9 +18,10 @@ from pydantic.fields import FieldInfo
 
 from configs.server_args import ServerArgs
 from deployments.api.protocol.requests import VideoRequest
-from deployments.cluster import APPLICATION, PROXY_ENVIRONMENT, http_options, logging_config, served
+from deployments.cluster import PROXY_ENVIRONMENT, http_options, logging_config, served
 from deployments.errors import APIError
 from deployments.generate import MODEL_FIELDS, SAMPLING_FIELDS, generate_files
+from deployments.names import APPLICATION
 from deployments.preconditions import StartFailed
 
 

@@ -18,9 +18,9 @@ from ray.serve.handle import DeploymentHandle
 
 from configs.model_family import ModelCard
 from deployments.adapters import LoadedAdapter
-from deployments.cluster import APPLICATION
 from deployments.errors import APIError
 from deployments.losses import PROCESS_LOST, cause
+from deployments.names import APPLICATION
 from pipelines.job import Event, Job, Media
 
 PATIENCE_SECONDS = 5.0

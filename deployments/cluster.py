@@ -19,10 +19,8 @@ import psutil
 
 from configs.server_args import ServerArgs
 from deployments.errors import APIError
+from deployments.names import APPLICATION
 from deployments.preconditions import StartFailed, demand_no_serve, demand_port, demand_resources, demand_state
-
-APPLICATION = "ditserve"
-"""Name of the Serve application, by which the state actor finds the engine. A cluster has only one."""
 
 PROXY_ENVIRONMENT = {
     # HAProxy in front of the replicas: 0.9 ms per request instead of 3.9 ms through Serve's Python proxy.

@@ -19,10 +19,10 @@ from configs.server_args import ServerArgs
 from deployments import log
 from deployments.adapters import LoadedAdapter
 from deployments.clients import StateClient, connect_engine
-from deployments.cluster import APPLICATION
 from deployments.errors import APIError, too_late
 from deployments.gang import Gang, GangBroken
 from deployments.metrics import EngineMetrics, Outcome
+from deployments.names import APPLICATION
 from deployments.propagation import Composition, Merged, follow
 from deployments.rank import JobFailed, Stopped, Suspended
 from deployments.recovery import Recovery

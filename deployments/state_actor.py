@@ -15,14 +15,11 @@ from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from configs.server_args import ServerArgs
 from deployments import log
-from deployments.cluster import APPLICATION
 from deployments.losses import PROCESS_LOST
+from deployments.names import APPLICATION, NAMESPACE, STATE_ACTOR
 from deployments.state import ServedEngine, State
 
 logger = logging.getLogger(__name__)
-
-ACTOR_NAME = "ditserve-state"
-NAMESPACE = "ditserve"
 
 LOOK_SECONDS = 10.0
 """Interval between checks whether the application still exists."""
@@ -91,7 +88,7 @@ def running_serve() -> str | None:
 def state_actor(args: ServerArgs, engine: Callable[[], ServedEngine]) -> ActorHandle:
     """The state actor of this Ray cluster, created if there is none. It stays on the head node, where its files are."""
     options = {
-        "name": ACTOR_NAME,
+        "name": STATE_ACTOR,
         "namespace": NAMESPACE,
         "lifetime": "detached",
         "get_if_exists": True,
@@ -112,7 +109,7 @@ def renew_state_actor(args: ServerArgs, engine: Callable[[], ServedEngine]) -> N
     """Replace a living state actor that has other arguments, or finds its engine in another Serve. It would otherwise
     stay as it is forever, since it outlives its replicas. What it knows is on disk."""
     with suppress(ValueError, *PROCESS_LOST):  # there is none, or it cannot work with its own arguments
-        while not ray.get(ray.get_actor(ACTOR_NAME, namespace=NAMESPACE).serves.remote(args)):
+        while not ray.get(ray.get_actor(STATE_ACTOR, namespace=NAMESPACE).serves.remote(args)):
             forget_state_actor()
             state_actor(args, engine)  # at once, before a replica with the old arguments asks for one
 
@@ -120,4 +117,4 @@ def renew_state_actor(args: ServerArgs, engine: Callable[[], ServedEngine]) -> N
 def forget_state_actor() -> None:
     """Kill the state actor, if there is one. What it knows is on disk; the next one continues with it."""
     with suppress(ValueError):
-        ray.kill(ray.get_actor(ACTOR_NAME, namespace=NAMESPACE))
+        ray.kill(ray.get_actor(STATE_ACTOR, namespace=NAMESPACE))

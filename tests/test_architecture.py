@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,12 @@ def test_imports_point_down_only(module: str) -> None:
     floor = ROOMS.index(module.split(".")[0])
     upward = [found.module for found in imports_of(module) if found.module.split(".")[0] in ROOMS[floor + 1 :]]
     assert not upward, f"{module} imports {upward}, which stand above it"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Nor by an import within a function, which only hides a circle."""
+    imported = {module: {found.module for found in imports_of(module)} & SOURCES.keys() for module in SOURCES}
+    TopologicalSorter(imported).prepare()  # raises CycleError with the circle
 
 
 @pytest.mark.parametrize(("library", "packages"), ONLY_HERE.items())

@@ -87,10 +87,10 @@ def test_the_graph_is_the_one_the_command_line_prints(
 
 
 def test_the_names_are_those_of_the_graph(application: dict[str, Any]) -> None:
-    from deployments import app, clients
+    from deployments import app, names
 
     assert application["import_path"] == f"{app.__name__}:{app.build.__name__}"
-    assert application["name"] == clients.APPLICATION
+    assert application["name"] == names.APPLICATION
     assert [deployment["name"] for deployment in application["deployments"]] == ["Ingress", "Engine"]
 
 

@@ -14,8 +14,8 @@ from ray.actor import ActorHandle
 from configs.server_args import ServerArgs
 from deployments.app import build
 from deployments.clients import StateClient, connect_engine
-from deployments.cluster import APPLICATION
 from deployments.interfaces import VideoStatus
+from deployments.names import APPLICATION
 from deployments.state_actor import forget_state_actor, state_actor
 from pipelines.job import Event, Job, Media, Output, Progress, Result
 from tests.deployments.state.videos import INPUTS, a_job, finished, until_the_state_actor_is_gone

@@ -11,10 +11,10 @@ import pytest
 
 from configs.server_args import ServerArgs
 from deployments import engine as engine_module
-from deployments.cluster import APPLICATION
 from deployments.engine import Engine
 from deployments.errors import APIError
 from deployments.gang import GangBroken
+from deployments.names import APPLICATION
 from deployments.rank import Stopped, Suspended, TooLarge
 from pipelines.job import Event, Job, Media, Output, Progress, Result, Task
 

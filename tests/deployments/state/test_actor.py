@@ -20,14 +20,8 @@ from deployments import log, state
 from deployments.clients import StateClient
 from deployments.errors import APIError
 from deployments.interfaces import Video, VideoStatus
-from deployments.state_actor import (
-    ACTOR_NAME,
-    NAMESPACE,
-    SETTINGS,
-    forget_state_actor,
-    renew_state_actor,
-    state_actor,
-)
+from deployments.names import NAMESPACE, STATE_ACTOR
+from deployments.state_actor import SETTINGS, forget_state_actor, renew_state_actor, state_actor
 from tests.deployments import step_engine
 from tests.deployments.state.videos import (
     INPUTS,
@@ -71,7 +65,7 @@ class TestTheActor:
     async def test_is_one_for_all_who_ask(self, actor, args, engine):
         await actor.create_video.remote(a_job(), INPUTS, "wan")
         again = state_actor(args, partial(StepEngine, engine.folder))
-        by_name = ray.get_actor(ACTOR_NAME, namespace=NAMESPACE)
+        by_name = ray.get_actor(STATE_ACTOR, namespace=NAMESPACE)
         for handle in (again, by_name):
             assert (await handle.get_video.remote("video_1")).job.id == "video_1"
 

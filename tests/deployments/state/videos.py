@@ -11,8 +11,8 @@ import ray
 from configs.server_args import ServerArgs
 from deployments.clients import StateClient
 from deployments.interfaces import Video, VideoStatus
+from deployments.names import STATE_ACTOR
 from deployments.state import State
-from deployments.state_actor import ACTOR_NAME
 from pipelines.job import Job, Task, content_key
 
 PHOTO = b"a photo of a lighthouse"
@@ -48,7 +48,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def until_the_state_actor_is_gone() -> None:
-    await until(lambda: not any(named["name"] == ACTOR_NAME for named in ray.util.list_named_actors(True)))
+    await until(lambda: not any(named["name"] == STATE_ACTOR for named in ray.util.list_named_actors(True)))
 
 
 async def finished(state: State | StateClient, video_id: str = "video_1") -> Video:
