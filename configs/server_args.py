@@ -80,8 +80,8 @@ class ServerArgs(BaseModel):
     device: Device = Field("auto", description="Where the ranks compute; auto is CUDA if available.")
     dtype: Dtype = Field(
         "auto",
-        description="Precision of every component; auto is bf16 on hardware with native bf16 arithmetic, else fp32. "
-        "Wan's VAE stays in fp32 on CUDA.",
+        description="Precision of every component; auto is bf16 on hardware with native bf16 arithmetic, else fp32, "
+        "and fp32 for Wan's VAE on CUDA.",
     )
     attention_backend: str | None = Field(
         None,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
 from deployments.errors import APIError
@@ -72,7 +74,8 @@ class ContentStore:
             for key, data in files.items():
                 await _finished(self._storage.put, key, data)
         except BaseException:
-            await self.discard(files)
+            with suppress(sqlite3.OperationalError):  # must not replace a cancellation; the next start sweeps the files
+                await self.discard(files)
             raise
 
     async def discard(self, keys: Collection[str]) -> None:

@@ -188,19 +188,19 @@ class DefaultLoRA:
         Raises:
             APIError: 503; no engine can read adapters yet.
         """
-        async with self._changing:
-            try:
-                now = {
-                    spec.nickname: await self._adapters.find(LoRARequest(spec.nickname))
-                    for spec in (*self._set, *self.composition)
-                }
-                await self._merge(_renewed(self.composition, now))
-                self._set = _renewed(self._set, now)
-                self._adapters.name(now)
-            except APIError as error:
-                if error.status == 503:
-                    raise
-                logger.warning("the default adapter cannot be loaded again: %s", error)
+        restored = (self._set, self.composition)
+        try:
+            # Outside the lock: an engine that has yet to start must not keep clients from changing the default.
+            now = {spec.nickname: await self._adapters.find(LoRARequest(spec.nickname)) for spec in sum(restored, ())}
+            async with self._changing:
+                if restored == (self._set, self.composition):
+                    await self._merge(_renewed(self.composition, now))
+                    self._set = _renewed(self._set, now)
+                    self._adapters.name(now)
+        except APIError as error:
+            if error.status == 503:
+                raise
+            logger.warning("the default adapter cannot be loaded again: %s", error)
 
     # Rules and their execution.
 

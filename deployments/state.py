@@ -40,6 +40,13 @@ logger = logging.getLogger(__name__)
 MEASURE_SECONDS = 5.0
 """Interval between sums of all that is stored; a sum takes 10 ms for 100,000 files."""
 
+RELOAD_DELAY_S = 1.0
+"""Between two attempts to read the default adapter again after a restart, while there is no engine."""
+
+RELOAD_PATIENCE_S = 3.0
+"""How long a new job waits for that. Without an engine it then gets the default as it was, which is the same unless the
+file has changed."""
+
 RETRY_AFTER_SECONDS = "10"
 """Sent to a client whose video finds the queue full; OpenAI's clients wait that long, and retry twice."""
 
@@ -82,12 +89,14 @@ class State:
         self._retention = asyncio.create_task(retention.enforce())
         self._measuring = asyncio.create_task(self._measure_stored_bytes())
         self._recalling_adapters = asyncio.create_task(self._recall_adapters())
-        self._opening_adapters = asyncio.create_task(self._open_adapters())
+        self._setting_startup_adapter = asyncio.create_task(self._set_startup_adapter())
+        self._reloading_default = asyncio.create_task(self._reload_default())
 
     async def close(self) -> None:
         """Stop working and release the files. The next `State` on the same paths continues."""
         self._recalling_adapters.cancel()
-        self._opening_adapters.cancel()
+        self._setting_startup_adapter.cancel()
+        self._reloading_default.cancel()
         background = (self._retention, self._measuring)
         for task in background:
             task.cancel()
@@ -184,22 +193,37 @@ class State:
         """Restore the adapters of an earlier process. What was merged into another model stays out of this one."""
         if known := self._jobs.noted("adapters"):
             self._adapters.restore(known)
-            if known.get("model") == self._args.model_path:
+            if known.get("model", self._args.model_path) == self._args.model_path:
                 await self._default_lora.restore(known)
 
-    async def _open_adapters(self) -> None:
-        """Make the startup adapter the default, unless an earlier process applied the same one or a client overrode it:
-        then keep the last default. Either is read from its file as it is now."""
+    async def _set_startup_adapter(self) -> None:
+        """Make the startup adapter the default, if it is due."""
         await self._recalling_adapters
-        args = self._args
-        if args.lora_path is None or self._jobs.noted("startup adapter") == self._startup_adapter:
-            await self._default_lora.reload()
+        if self._startup_adapter_is_due:
+            args = self._args
+            await self._default_lora.unmerge_lora()
+            await self._default_lora.set_lora([LoRARequest(args.lora_nickname, str(args.lora_path), args.lora_scale)])
             self._note_adapters()
+            self._forget_startup_adapter()
+
+    async def _reload_default(self) -> None:
+        """Read the default of an earlier process from its files as they are now, as soon as an engine can."""
+        await self._recalling_adapters
+        while not self._startup_adapter_is_due:
+            before = self._default_lora.snapshot()
+            try:
+                await self._default_lora.reload()
+            except APIError:
+                await asyncio.sleep(RELOAD_DELAY_S)
+                continue
+            if self._default_lora.snapshot() != before:
+                self._note_adapters()
             return
-        await self._default_lora.unmerge_lora()
-        await self._default_lora.set_lora([LoRARequest(args.lora_nickname, args.lora_path, args.lora_scale)])
-        self._note_adapters()
-        self._forget_startup_adapter()
+
+    @property
+    def _startup_adapter_is_due(self) -> bool:
+        """Whether there is one that neither an earlier process has merged nor a client has overridden."""
+        return self._args.lora_path is not None and self._jobs.noted("startup adapter") != self._startup_adapter
 
     @property
     def _startup_adapter(self) -> list[Any]:
@@ -217,15 +241,15 @@ class State:
         self._jobs.note("adapters", {"model": self._args.model_path, **adapters, **self._default_lora.snapshot()})
 
     async def adapters_open(self) -> None:
-        """Return once new jobs can get the default adapter, that of startup or of an earlier process. If that has
-        failed, it is retried: the reason may have passed.
+        """Return once the startup adapter is merged, if it is due. If that has failed, it is retried: the reason may
+        have passed.
 
         Raises:
-            APIError: 503, no engine can read adapters yet; or whatever is wrong with the startup adapter.
+            APIError: it cannot be merged.
         """
-        if self._opening_adapters.done() and self._opening_adapters.exception():
-            self._opening_adapters = asyncio.create_task(self._open_adapters())
-        await asyncio.shield(self._opening_adapters)
+        if self._setting_startup_adapter.done() and self._setting_startup_adapter.exception():
+            self._setting_startup_adapter = asyncio.create_task(self._set_startup_adapter())
+        await asyncio.shield(self._setting_startup_adapter)
 
     async def set_lora(self, requests: Sequence[LoRARequest]) -> LoRAStatus:
         await self._recalling_adapters
@@ -258,9 +282,12 @@ class State:
         return self._default_lora.status()
 
     async def lora_for_job(self, requests: Sequence[LoRARequest] | None) -> tuple[LoRASpec, ...]:
-        """Jobs wait for the startup adapter, if any, or fail with the reason it cannot be merged."""
+        """Jobs that use adapters wait for the startup adapter, if any, or fail with the reason it cannot be merged."""
+        if requests == []:
+            return ()
         await self.adapters_open()
         if requests is None:
+            await asyncio.wait([self._reloading_default], timeout=RELOAD_PATIENCE_S)
             return self._default_lora.composition
         before = self._adapters.changes
         specs = await self._adapters.for_job(requests)

@@ -27,6 +27,10 @@ VIDEOS_PER_REPLICA = 4
 room, even one that starts later. More than the two that the YAMLs' autoscaling aims at, or it would not see that videos
 wait; few, because videos cannot leave their replica, and keep it from being drained."""
 
+_ENGINE_GRACE_S = 1.0
+"""How much longer than a job's timeout an attempt may take. The engine ends a job that it has in time, and counts it;
+this is for one that waits for an engine replica to start."""
+
 _ROOM_DELAY_S = 0.2
 """Interval between checks for room at the engine."""
 
@@ -128,15 +132,21 @@ class VideoRunner:
         if seconds_left == 0:
             raise too_late()
         result = None
-        timed = job.model_copy(update={"timeout": seconds_left})
-        async with aclosing(self._engine().generate(timed, media, progress=True)) as events:
-            async for event in events:
-                if isinstance(event, Progress):
-                    if event.step == 0:
-                        self._jobs.transition(job.id, VideoStatus.IN_PROGRESS)
-                    self._jobs.advance(job.id, 100 * event.step // event.total)
-                elif isinstance(event, Result):
-                    result = event
+        longest = None if seconds_left is None else seconds_left + _ENGINE_GRACE_S
+        events = self._engine().generate(job.model_copy(update={"timeout": seconds_left}), media, progress=True)
+        try:
+            async with asyncio.timeout(longest) as limit, aclosing(events):
+                async for event in events:
+                    if isinstance(event, Progress):
+                        if event.step == 0:
+                            self._jobs.transition(job.id, VideoStatus.IN_PROGRESS)
+                        self._jobs.advance(job.id, 100 * event.step // event.total)
+                    elif isinstance(event, Result):
+                        result = event
+        except TimeoutError:
+            if limit.expired():
+                raise too_late() from None
+            raise
         if result is None:
             raise RuntimeError("the engine ended without a result")
         return result
@@ -148,8 +158,8 @@ class VideoRunner:
         return max(0.0, self._jobs.accepted_at(job.id) + job.timeout - time.time())
 
     async def _finish(self, job: Job, status: VideoStatus, files: Mapping[str, bytes], **record: Any) -> None:
-        """Store the files and record how the job ended, retrying until that can be written: else what was computed
-        would be lost, or the job would count as unfinished forever."""
+        """Store the files and record how the job ended, retrying while the database cannot be written: else what was
+        computed would be lost, or the job would count as unfinished forever."""
         while True:
             try:
                 await self._content.write(files)

@@ -69,7 +69,7 @@ def tasks_of(pipeline_class: type[DiffusionPipeline]) -> dict[Task, type[Diffusi
     accepted = call_defaults(pipeline_class)
     if "num_frames" in accepted:
         tasks = {Task.IMAGE_TO_VIDEO: pipeline_class} if "image" in accepted else {}
-        return tasks if accepted.get("image", ...) is None else tasks | {Task.TEXT_TO_VIDEO: pipeline_class}
+        return tasks or {Task.TEXT_TO_VIDEO: pipeline_class}
     if "mask_image" in accepted:
         return {Task.INPAINT: pipeline_class}
     if "strength" in accepted:

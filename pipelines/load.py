@@ -249,6 +249,8 @@ def load_pipeline(
                         use_safetensors=True,
                     )
         return pipeline_class.from_pretrained(directory, dtype=dtypes, use_safetensors=True, **components)
+    except torch.OutOfMemoryError:  # of a device that another process is still leaving: it may fit the next time
+        raise
     # The libraries report broken files as OSError, ValueError, RuntimeError, KeyError, SafetensorError and more.
     except Exception as error:
         raise ValueError(f"The model in '{directory}' cannot be loaded: {first_line(error)}") from error

@@ -12,11 +12,17 @@ from unittest import mock
 
 import pytest
 import torch
-from diffusers import LTXPipeline, WanPipeline
+from diffusers import (
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    LTXPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from torch import nn
 
 from configs.server_args import ServerArgs
-from pipelines.derived_family import derive_family
+from pipelines.derived_family import derive_family, tasks_of
 from pipelines.generation import generate
 from pipelines.job import InvalidJob, Result, Task
 from pipelines.load import Model, load_model, load_pipeline, prompt_components, read_model_index
@@ -78,6 +84,11 @@ def test_a_model_of_no_known_family_has_the_units_of_its_pipeline() -> None:
     modules = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "transformer"))
     family = derive_family(LTXPipeline(**modules))
     assert (family.size_multiple % 32, family.frame_multiple) == (0, 8)
+
+
+def test_a_pipeline_that_needs_an_image_makes_no_videos_from_text() -> None:
+    assert set(tasks_of(CogVideoXImageToVideoPipeline)) == {Task.IMAGE_TO_VIDEO}
+    assert set(tasks_of(CogVideoXPipeline)) == {Task.TEXT_TO_VIDEO}
 
 
 class TestViews:
@@ -198,7 +209,16 @@ def test_transformers_that_are_loaded_straight_to_their_device_are_the_same(tiny
         assert {key: value.dtype for key, value in expected.items()} == {
             key: value.dtype for key, value in loaded.items()
         }
+        assert getattr(straight, name).hf_device_map == {"": torch.device("cpu")}
     assert straight.vae.dtype == torch.float32
+
+
+def test_a_device_without_memory_is_no_fault_of_the_model(tiny_model_path: SavedModel) -> None:
+    """Another process may still be leaving it; what is raised as `ValueError` is not tried again."""
+    path = tiny_model_path("wan2.1-t2v")
+    full = mock.patch.object(WanTransformer3DModel, "from_pretrained", side_effect=torch.OutOfMemoryError("80 GB"))
+    with full, pytest.raises(torch.OutOfMemoryError):
+        load_pipeline(path, read_model_index(path), {"default": torch.float32}, transformers_to=torch.device("cpu"))
 
 
 def test_the_repeated_blocks_are_compiled(tiny_model_path: SavedModel) -> None:

@@ -118,8 +118,9 @@ async def test_a_rank_without_memory_breaks_the_gang_and_a_restart_heals_it(
     await heals(gang)
 
 
-async def test_what_is_too_large_for_the_leader_alone_breaks_the_gang_with_that_reason(
-    gang: Gang, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("rank", "reason"), [(0, "did not end the job with the others"), (1, "a rank failed alone")])
+async def test_what_is_too_large_for_one_rank_breaks_the_gang_with_that_reason(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch, rank: int, reason: str
 ) -> None:
     """Only the leader has the encoders, for example; the others wait for it in a collective."""
 
@@ -135,8 +136,8 @@ async def test_what_is_too_large_for_the_leader_alone_breaks_the_gang_with_that_
         generation.generate = no_memory
 
     monkeypatch.setattr(gang_module, "AGREEMENT_SECONDS", 1.0)
-    await on(gang.ranks[0], run_out_of_memory)
-    with pytest.raises(GangBroken, match="did not end the job with the others") as broken:
+    await on(gang.ranks[rank], run_out_of_memory)
+    with pytest.raises(GangBroken, match=reason) as broken:
         await asyncio.wait_for(events_of(gang, job("large for one")), timeout=15)
     assert str(broken.value.failure) == "OutOfMemoryError: 80 GB"
     await heals(gang)

@@ -14,6 +14,7 @@ from functools import partial
 
 import pytest
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError
 
 from deployments import log, state
@@ -54,6 +55,14 @@ def engine_by_value() -> Iterator[None]:
     ray.cloudpickle.unregister_pickle_by_value(step_engine)
 
 
+async def until_gone(actor: ActorHandle) -> None:
+    """Until Ray has ended it, a killed actor still responds."""
+    with pytest.raises(ActorDiedError):
+        async with asyncio.timeout(20):
+            while True:
+                await actor.get_video.remote("video_1")
+
+
 class TestTheActor:
     @pytest.fixture
     async def actor(self, ray_cluster, engine_by_value, args, engine) -> AsyncIterator[ray.actor.ActorHandle]:
@@ -72,8 +81,7 @@ class TestTheActor:
     async def test_is_made_anew_after_it_was_forgotten_and_knows_what_it_knew(self, actor, args, engine):
         await actor.create_video.remote(a_job(), INPUTS, "wan")
         forget_state_actor()
-        with pytest.raises(ActorDiedError):
-            await actor.get_video.remote("video_1")
+        await until_gone(actor)
         again = state_actor(args, partial(StepEngine, engine.folder))
         assert (await again.get_video.remote("video_1")).job == a_job()
 
@@ -83,10 +91,7 @@ class TestTheActor:
         renew_state_actor(args.model_copy(update={"num_gpus": 2}), make)
         assert (await actor.get_video.remote("video_1")).job == a_job()  # it does not read `num_gpus`
         renew_state_actor(args.model_copy(update={"max_queue": 1}), make)
-        with pytest.raises(ActorDiedError):
-            async with asyncio.timeout(20):
-                while True:  # until Ray has ended it, it still responds
-                    await actor.get_video.remote("video_1")
+        await until_gone(actor)
         renewed = state_actor(args, make)
         assert (await renewed.get_video.remote("video_1")).job == a_job()
         assert not await renewed.serves.remote(args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -155,6 +156,48 @@ async def test_a_default_that_is_gone_hinders_only_the_jobs_that_get_it(
     (spec,) = await later.lora_for_job(None)
     with pytest.raises(APIError, match="does not exist"):
         await later.lora_factors(spec.identity)
+    await later.close()
+
+
+async def test_without_an_engine_jobs_get_the_default_as_it_was_and_clients_can_change_it(
+    state: State, args: ServerArgs, engine: LoadingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await state.set_lora([LoRARequest("style", "a")])
+    await state.close()
+    monkeypatch.setattr("deployments.state.RELOAD_PATIENCE_S", 0.05)
+    starting = asyncio.Event()
+
+    async def identify_once_there_is_an_engine(path: str) -> str:
+        await starting.wait()
+        return f"{path}@{engine.versions[path]}"
+
+    monkeypatch.setattr(engine, "identify_lora", identify_once_there_is_an_engine)
+    later = State(args, lambda: engine)
+    async with asyncio.timeout(2):
+        assert await later.lora_for_job([]) == ()
+        assert [spec.identity for spec in await later.lora_for_job(None)] == ["a@1"]
+        await later.unmerge_lora()
+    starting.set()
+    assert await later.lora_for_job(None) == ()
+    await later.close()
+
+
+async def test_an_engine_that_is_not_there_yet_is_asked_again(
+    state: State, args: ServerArgs, engine: LoadingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await state.set_lora([LoRARequest("style", "a")])
+    await state.close()
+    monkeypatch.setattr("deployments.state.RELOAD_DELAY_S", 0.01)
+    engine.versions["a"] = 2
+    makers = iter([APIError(503, "The engine is not deployed"), APIError(503, "It loads"), engine, engine, engine])
+
+    def make() -> LoadingEngine:
+        if isinstance(made := next(makers), APIError):
+            raise made
+        return made
+
+    later = State(args, make)
+    assert [spec.identity for spec in await later.lora_for_job(None)] == ["a@2"]
     await later.close()
 
 

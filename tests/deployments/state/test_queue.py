@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,7 @@ from deployments import video_runner
 from deployments.interfaces import VideoError
 from deployments.state import State
 from deployments.video_runner import VIDEOS_PER_REPLICA
-from pipelines.job import Event, Job, Media
+from pipelines.job import Event, Job, Media, Progress
 from tests.deployments.state.videos import INPUTS, a_job, finished, until
 from tests.deployments.step_engine import StepEngine
 
@@ -72,6 +73,23 @@ async def test_the_time_of_a_video_begins_when_it_is_accepted(state: State, engi
     assert late.error == VideoError("timeout", "The job was not done in time")
     assert begun(engine) == IDS[:VIDEOS_PER_REPLICA]
     assert engine.journal(LATE) == []
+
+
+async def test_a_video_that_waits_for_an_engine_replica_has_no_more_time_than_others(
+    args: ServerArgs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Serve lets a call wait for a replica without limit."""
+    monkeypatch.setattr(video_runner, "_ENGINE_GRACE_S", 0.05)
+
+    class StartingEngine(StepEngine):
+        async def generate(self, job: Job, media: Media, *, progress: bool) -> AsyncGenerator[Event, None]:
+            await asyncio.Event().wait()
+            yield Progress(0, 1)
+
+    state = State(args, lambda: StartingEngine(tmp_path))
+    await state.create_video(a_job(LATE, timeout=0.2), INPUTS, "wan")
+    assert (await finished(state, LATE)).error == VideoError("timeout", "The job was not done in time")
+    await state.close()
 
 
 async def test_the_engine_is_given_what_is_left_of_a_videos_time(

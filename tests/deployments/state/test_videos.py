@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from deployments.errors import APIError
 from deployments.interfaces import VideoError, VideoStatus
+from deployments.jobs import JobStore
 from deployments.state import State
 from deployments.storage import Storage
 from pipelines.job import content_key
@@ -163,6 +166,31 @@ class TestDeletion:
         await deletions[0]
         await asyncio.wait(deletions)
         assert files(args) == set()
+
+    async def test_while_the_database_is_full_stops_a_write_too(self, state, args, monkeypatch):
+        writing, go_on = threading.Event(), threading.Event()
+        put = Storage.put
+
+        def slow_put(storage: Storage, key: str, data: bytes) -> None:
+            if key.startswith("videos/"):
+                writing.set()
+                go_on.wait(5)
+            put(storage, key, data)
+
+        def full(jobs: JobStore, keys: Iterable[str]) -> None:
+            monkeypatch.undo()
+            raise sqlite3.OperationalError("database or disk is full")
+
+        monkeypatch.setattr(Storage, "put", slow_put)
+        await state.create_video(a_job(), INPUTS, "wan")
+        await until(writing.is_set)
+        monkeypatch.setattr(JobStore, "forget", full)
+        deletion = asyncio.create_task(state.delete_video("video_1"))
+        await asyncio.sleep(0.05)
+        go_on.set()
+        await asyncio.wait_for(deletion, 5)
+        with pytest.raises(APIError, match="No video"):
+            await state.get_video("video_1")
 
     async def test_twice_at_once_succeeds_once(self, state, engine):
         engine.allow("video_1", 1)
