@@ -137,7 +137,7 @@ async def test_weights_that_are_gone_for_good_are_not_replaced_by_others(files: 
     (spec,) = await registry.for_job([LoRARequest("a", "a")])
     await registry.for_job([LoRARequest("b", "b")])
     files.versions["a"] = 2
-    with pytest.raises(APIError, match="has changed since the job was accepted") as refused:
+    with pytest.raises(APIError, match="has changed since it was loaded") as refused:
         await registry.factors(spec.identity)
     assert refused.value.status == 409
 
