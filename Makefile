@@ -41,6 +41,7 @@ clean:
 
 pinned = $(shell grep '^$(1)==' $(2))
 
+# setuptools warns of folders that have the packages' names, which are the packages themselves: no warnings of Python's.
 # torch comes first and by its exact version: that alone lets pip take a CPU build where one is offered, in place of
 # gigabytes of CUDA. The build backend is then in place too (torch requires setuptools), at its pinned version.
 .venv/installed: pyproject.toml $(CONSTRAINTS)
@@ -48,7 +49,7 @@ pinned = $(shell grep '^$(1)==' $(2))
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet $(call pinned,pip,$(CONSTRAINTS))
 	.venv/bin/pip install --quiet --constraint $(CONSTRAINTS) $(call pinned,torch,$(CONSTRAINTS))
-	.venv/bin/pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test]'
+	PYTHONWARNINGS=ignore .venv/bin/pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test]'
 	touch $@
 
 # LiteLLM is the second client that the end-to-end tests talk with. It needs openai 2 where .venv has 3.
