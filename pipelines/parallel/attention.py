@@ -99,8 +99,10 @@ def heads_to_tokens(tensors: Sequence[Tensor], lengths: Sequence[int], mesh: Mes
     degree = mesh.dims.ulysses_degree
     if degree == 1:
         return torch.stack([x.transpose(0, 1) for x in tensors], dim=1)
-    filled = (F.pad(x, (0, 0, 0, -x.shape[2] % degree)).unflatten(2, (degree, -1)) for x in tensors)
-    sent = torch.stack([x.permute(2, 1, 0, 3, 4) for x in filled], dim=2).flatten(0, 1)
+    # u is the Ulysses degree.
+    filled = [F.pad(x, (0, 0, 0, -x.shape[2] % degree)) for x in tensors]  # (B, L, u * h, D) each
+    to_peers = [x.unflatten(2, (degree, -1)).permute(2, 1, 0, 3, 4) for x in filled]  # (u, L, B, h, D) each
+    sent = torch.stack(to_peers, dim=2).flatten(0, 1)  # (u * L, N, B, h, D)
     received = sent.new_empty(sum(lengths), *sent.shape[1:])
     dist.all_to_all_single(received, sent, list(lengths), [lengths[mesh.ulysses_rank]] * degree, group=mesh.ulysses)
     return received
@@ -113,7 +115,8 @@ def tokens_to_heads(x: Tensor, lengths: Sequence[int], mesh: Mesh) -> Tensor:
         return x.transpose(0, 1)
     received = x.new_empty(degree * mine, *x.shape[1:])
     dist.all_to_all_single(received, x.contiguous(), [mine] * degree, list(lengths), group=mesh.ulysses)
-    return received.unflatten(0, (degree, mine)).permute(2, 1, 0, 3, 4).flatten(2, 3)
+    from_peers = received.unflatten(0, (degree, mine))  # (u, L, B, h, D)
+    return from_peers.permute(2, 1, 0, 3, 4).flatten(2, 3)
 
 
 def ring_attention(
