@@ -166,7 +166,7 @@ class TestFailure:
         await state.create_video(a_job(), INPUTS, "wan")
         assert (await finished(state)).status is VideoStatus.COMPLETED
         assert engine.journal("video_1") == ["began", "ended"]
-        assert files(args) == VIDEO_1_FILES
+        await until(lambda: files(args) == VIDEO_1_FILES)
         await state.close()
 
     async def test_of_the_engine_at_every_attempt_fails_the_job_in_the_end(self, args, tmp_path):
