@@ -242,7 +242,7 @@ def spec_of(request: LoRARequest, named: Named) -> LoRASpec:
 def unknown(nickname: str) -> APIError:
     return APIError(
         404,
-        f"LoRA nickname '{nickname}' is not known. The first time it is used, lora_path is needed.",
+        f"LoRA nickname '{nickname}' is not known. The first time it is used, its path is needed.",
         param="lora_nickname",
         code="lora_not_found",
     )

@@ -43,7 +43,7 @@ async def test_a_nickname_stands_for_the_file_it_was_first_used_with(registry: A
 
 
 async def test_an_unknown_nickname_needs_a_path(registry: AdapterRegistry) -> None:
-    with pytest.raises(APIError, match="lora_path is needed") as refused:
+    with pytest.raises(APIError, match="its path is needed") as refused:
         await registry.for_job([LoRARequest("face")])
     assert refused.value.status == 404
 

@@ -10,7 +10,7 @@ from tests.deployments.default_lora.replicas import Server, nicknames, until
 
 
 async def test_an_unknown_nickname_needs_a_path(server: Server) -> None:
-    with pytest.raises(APIError, match="lora_path is needed") as refused:
+    with pytest.raises(APIError, match="its path is needed") as refused:
         await server.set("style")
     assert refused.value.status == 404
 
