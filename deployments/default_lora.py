@@ -191,7 +191,8 @@ class DefaultLoRA:
         restored = (self._set, self.composition)
         try:
             # Outside the lock: an engine that has yet to start must not keep clients from changing the default.
-            now = {spec.nickname: await self._adapters.find(LoRARequest(spec.nickname)) for spec in sum(restored, ())}
+            nicknames = _names(self._set) | _names(self.composition)
+            now = {nickname: await self._adapters.find(LoRARequest(nickname)) for nickname in nicknames}
             async with self._changing:
                 if restored == (self._set, self.composition):
                     await self._merge(_renewed(self.composition, now))

@@ -283,7 +283,7 @@ class State:
 
     async def lora_for_job(self, requests: Sequence[LoRARequest] | None) -> tuple[LoRASpec, ...]:
         """Jobs that use adapters wait for the startup adapter, if any, or fail with the reason it cannot be merged."""
-        if requests == []:
+        if requests is not None and not requests:
             return ()
         await self.adapters_open()
         if requests is None:

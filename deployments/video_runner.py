@@ -102,14 +102,11 @@ class VideoRunner:
         Raises:
             APIError: 504; the job's time is up.
         """
-        try:
-            async with asyncio.timeout(self._seconds_left(job)), self._next_to_go:
-                # Polling, because replicas come and go unannounced.
-                while self._at_the_engine >= VIDEOS_PER_REPLICA * max(1, self._num_replicas()):  # noqa: ASYNC110
-                    await asyncio.sleep(_ROOM_DELAY_S)
-                self._at_the_engine += 1
-        except TimeoutError:
-            raise too_late() from None
+        async with _within(self._seconds_left(job)), self._next_to_go:
+            # Polling, because replicas come and go unannounced.
+            while self._at_the_engine >= VIDEOS_PER_REPLICA * max(1, self._num_replicas()):  # noqa: ASYNC110
+                await asyncio.sleep(_ROOM_DELAY_S)
+            self._at_the_engine += 1
         try:
             yield
         finally:
@@ -134,19 +131,14 @@ class VideoRunner:
         result = None
         longest = None if seconds_left is None else seconds_left + _ENGINE_GRACE_S
         events = self._engine().generate(job.model_copy(update={"timeout": seconds_left}), media, progress=True)
-        try:
-            async with asyncio.timeout(longest) as limit, aclosing(events):
-                async for event in events:
-                    if isinstance(event, Progress):
-                        if event.step == 0:
-                            self._jobs.transition(job.id, VideoStatus.IN_PROGRESS)
-                        self._jobs.advance(job.id, 100 * event.step // event.total)
-                    elif isinstance(event, Result):
-                        result = event
-        except TimeoutError:
-            if limit.expired():
-                raise too_late() from None
-            raise
+        async with _within(longest), aclosing(events):
+            async for event in events:
+                if isinstance(event, Progress):
+                    if event.step == 0:
+                        self._jobs.transition(job.id, VideoStatus.IN_PROGRESS)
+                    self._jobs.advance(job.id, 100 * event.step // event.total)
+                elif isinstance(event, Result):
+                    result = event
         if result is None:
             raise RuntimeError("the engine ended without a result")
         return result
@@ -169,6 +161,18 @@ class VideoRunner:
                 logger.exception("that video %s is %s can't be recorded yet", job.id, status)
             await asyncio.sleep(_RETRY_DELAY_S)
         await self._content.discard(unneeded)
+
+
+@asynccontextmanager
+async def _within(seconds: float | None) -> AsyncIterator[None]:
+    """Cancel a body that takes longer, and raise `APIError` 504 in its place. None: no limit."""
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            yield
+    except TimeoutError:
+        if limit.expired():
+            raise too_late() from None
+        raise
 
 
 def _means_not_now(error: Exception) -> bool:

@@ -32,10 +32,10 @@ class EncodingMemory:
 
     def attach(self, pipeline: DiffusionPipeline) -> None:
         """Make `pipeline` look here before it encodes a text. Encodings of texts with images are not cached."""
-        each_text = [name for name in TEXT_METHODS if hasattr(pipeline, name)]
-        all_texts = [name for name in ("encode_prompt",) if hasattr(pipeline, name)]
-        for name in each_text or all_texts:
-            setattr(pipeline, name, self._remembering(getattr(pipeline, name), (type(pipeline), name)))
+        names = [name for name in TEXT_METHODS if hasattr(pipeline, name)] or ["encode_prompt"]
+        for name in names:
+            if hasattr(pipeline, name):
+                setattr(pipeline, name, self._remembering(getattr(pipeline, name), (type(pipeline), name)))
 
     def _remembering(self, encode: Callable[..., Any], source: Hashable) -> Callable[..., Any]:
         @functools.wraps(encode)

@@ -239,21 +239,29 @@ def load_pipeline(
     components: dict[str, Any] = dict.fromkeys(without)
     try:
         if transformers_to is not None:
-            for name in TRANSFORMERS:
-                _, class_name = model_index.get(name, (None, None))
-                if class_name is not None:
-                    components[name] = getattr(diffusers, class_name).from_pretrained(
-                        directory / name,
-                        torch_dtype=dtypes.get(name, dtypes["default"]),
-                        device_map={"": transformers_to},
-                        use_safetensors=True,
-                    )
+            components |= load_transformers(directory, model_index, dtypes, transformers_to)
         return pipeline_class.from_pretrained(directory, dtype=dtypes, use_safetensors=True, **components)
     except torch.OutOfMemoryError:  # of a device that another process is still leaving: it may fit the next time
         raise
     # The libraries report broken files as OSError, ValueError, RuntimeError, KeyError, SafetensorError and more.
     except Exception as error:
         raise ValueError(f"The model in '{directory}' cannot be loaded: {first_line(error)}") from error
+
+
+def load_transformers(
+    directory: Path, model_index: Mapping[str, Any], dtypes: Mapping[str, torch.dtype], device: torch.device
+) -> dict[str, ModelMixin]:
+    """What denoises, by name, loaded straight to `device`. Raises whatever the libraries raise."""
+    classes = {name: model_index[name][1] for name in TRANSFORMERS if model_index.get(name, [None])[0] is not None}
+    return {
+        name: getattr(diffusers, class_name).from_pretrained(
+            directory / name,
+            torch_dtype=dtypes.get(name, dtypes["default"]),
+            device_map={"": device},
+            use_safetensors=True,
+        )
+        for name, class_name in classes.items()
+    }
 
 
 def shard(transformers: Mapping[str, nn.Module], mesh: Mesh) -> Guidance | None:

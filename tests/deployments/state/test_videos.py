@@ -124,6 +124,22 @@ class TestAVideo:
         assert engine.journal("video_1") == ["began", "ended"]
 
 
+@pytest.fixture
+def held_writes(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Files of videos are not written before the second event is set; the first says that one is about to be."""
+    writing, go_on = threading.Event(), threading.Event()
+    put = Storage.put
+
+    def slow_put(storage: Storage, key: str, data: bytes) -> None:
+        if key.startswith("videos/"):
+            writing.set()
+            go_on.wait(5)
+        put(storage, key, data)
+
+    monkeypatch.setattr(Storage, "put", slow_put)
+    return writing, go_on
+
+
 class TestDeletion:
     async def test_of_a_running_video_closes_the_engines_iterator(self, state, engine, args):
         engine.allow("video_1", 2)
@@ -144,17 +160,8 @@ class TestDeletion:
         assert [video.job.id for video in (await state.list_videos(None, 10, "desc")).videos] == ["video_1"]
 
     @pytest.mark.parametrize("times", [1, 2])
-    async def test_while_the_result_is_being_written_leaves_nothing(self, state, args, monkeypatch, times):
-        writing, go_on = threading.Event(), threading.Event()
-        put = Storage.put
-
-        def slow_put(storage: Storage, key: str, data: bytes) -> None:
-            if key.startswith("videos/"):
-                writing.set()
-                go_on.wait(5)
-            put(storage, key, data)
-
-        monkeypatch.setattr(Storage, "put", slow_put)
+    async def test_while_the_result_is_being_written_leaves_nothing(self, state, args, held_writes, times):
+        writing, go_on = held_writes
         await state.create_video(a_job(), INPUTS, "wan")
         await until(writing.is_set)
         deletions = []
@@ -167,21 +174,13 @@ class TestDeletion:
         await asyncio.wait(deletions)
         assert files(args) == set()
 
-    async def test_while_the_database_is_full_stops_a_write_too(self, state, args, monkeypatch):
-        writing, go_on = threading.Event(), threading.Event()
-        put = Storage.put
-
-        def slow_put(storage: Storage, key: str, data: bytes) -> None:
-            if key.startswith("videos/"):
-                writing.set()
-                go_on.wait(5)
-            put(storage, key, data)
+    async def test_while_the_database_is_full_stops_a_write_too(self, state, held_writes, monkeypatch):
+        writing, go_on = held_writes
 
         def full(jobs: JobStore, keys: Iterable[str]) -> None:
             monkeypatch.undo()
             raise sqlite3.OperationalError("database or disk is full")
 
-        monkeypatch.setattr(Storage, "put", slow_put)
         await state.create_video(a_job(), INPUTS, "wan")
         await until(writing.is_set)
         monkeypatch.setattr(JobStore, "forget", full)
