@@ -65,6 +65,7 @@ class ShardedSequence:
         self.layout: Layout
         self._key_mask: Tensor | None = None
 
+    @torch.compiler.disable  # it would trace past the cache of `layout`, for every length
     def begin(self, totals: Mapping[str, int]) -> None:
         """Begin a forward whose streams have `totals` tokens."""
         totals_in_order = tuple(totals[name] for name in self.streams)
