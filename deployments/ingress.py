@@ -52,7 +52,7 @@ def create_app(
             expose_headers=["*"],
         )
     error_responses.install(app)
-    openapi.install(app)
+    openapi.install(app, needs_key=keyring != OPEN)
     guarded = APIRouter(dependencies=[Depends(known)], responses=openapi.errors(401))
     for router in (_not_offered(), images.router, videos.router, models.router):
         guarded.include_router(router)

@@ -10,9 +10,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from deployments.api.services import Served
 from deployments.keys import Caller
 
-_BEARER = HTTPBearer(
-    scheme_name="API key", auto_error=False, description="Where the server was started with `--api-key`."
-)
+_BEARER = HTTPBearer(scheme_name="API key", auto_error=False)
 
 
 async def _caller(

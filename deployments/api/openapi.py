@@ -51,8 +51,11 @@ def files(*media_types: str) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def install(app: FastAPI) -> None:
-    """Make `app` serve its document, with the schemas of all request bodies among the components."""
+def install(app: FastAPI, *, needs_key: bool) -> None:
+    """Make `app` serve its document, with the schemas of all request bodies among the components.
+
+    Without `needs_key` no operation asks for an API key: generated clients would refuse to call without one.
+    """
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -68,8 +71,12 @@ def install(app: FastAPI) -> None:
             for path in app.openapi_schema["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)
+                    if not needs_key:
+                        operation.pop("security", None)
             for name in ("HTTPValidationError", "ValidationError"):
                 app.openapi_schema["components"]["schemas"].pop(name, None)
+            if not needs_key:
+                del app.openapi_schema["components"]["securitySchemes"]
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]

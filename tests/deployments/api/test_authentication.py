@@ -82,6 +82,15 @@ async def test_probes_and_the_document_ask_for_none(server: Server) -> None:
         assert (await server.http.get(path)).status_code == 200, path
 
 
+async def test_the_document_asks_for_a_key_where_the_server_does(server: Server, tmp_path: Path) -> None:
+    async with serving(tmp_path / "open") as without_keys:
+        for document, asks in ((server.app.openapi(), True), (without_keys.app.openapi(), False)):
+            assert ("securitySchemes" in document["components"]) == asks
+            for path, methods in document["paths"].items():
+                for operation in methods.values():
+                    assert ("security" in operation) == (asks and path.startswith("/v1")), path
+
+
 async def test_a_body_is_not_read_for_who_may_not_send_it(server: Server) -> None:
     read = False
 
