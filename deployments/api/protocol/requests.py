@@ -70,6 +70,14 @@ Size = Annotated[
     BeforeValidator(_size),
     WithJsonSchema({"type": "string", "examples": ["auto", "1024x1024", "1280x720"]}),
 ]
+_SEED = {"type": "integer", "minimum": 0, "maximum": MAX_SEED}
+_SEEDS = {"type": "array", "items": _SEED, "minItems": 1, "maxItems": MAX_OUTPUTS}
+Seeds = Annotated[
+    list[Annotated[Integer, Field(ge=0, le=MAX_SEED)]] | None,
+    BeforeValidator(lambda value: listed(json_text(value))),
+    Field(min_length=1, max_length=MAX_OUTPUTS),
+    WithJsonSchema({"anyOf": [_SEED, _SEEDS, {"type": "null"}]}),
+]
 
 
 class ImageReference(BaseModel):
@@ -148,14 +156,8 @@ class GenerationRequest(WireRequest):
     height: Integer | None = Field(None, ge=1, description="Extension: overrides the height in `size`.")
 
     negative_prompt: str | None = Field(None, max_length=MAX_PROMPT_LENGTH, description="Extension: what to avoid.")
-    seed: Annotated[
-        list[Annotated[Integer, Field(ge=0, le=MAX_SEED)]] | None,
-        BeforeValidator(lambda value: listed(json_text(value))),
-        WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "integer"}}]}),
-    ] = Field(
+    seed: Seeds = Field(
         None,
-        min_length=1,
-        max_length=MAX_OUTPUTS,
         description="Extension: seed of the first output, from which the others count up, or a list of one seed per "
         "output. Default: random, and part of the response.",
     )
