@@ -16,18 +16,23 @@ GUIDED = ParallelDims(cfg_degree=2, ulysses_degree=2)
 BOTH = ParallelDims(ulysses_degree=2, ring_degree=2)
 
 
+def groups(mesh: Mesh) -> dict[str, dist.ProcessGroup]:
+    """The groups in which this rank is not alone."""
+    by_name = {"sequence": mesh.sequence, "ulysses": mesh.ulysses, "ring": mesh.ring, "cfg": mesh.cfg}
+    return {name: group for name, group in by_name.items() if group is not None}
+
+
 def neighbours(mesh: Mesh) -> dict[str, list[int]]:
-    groups = {"sequence": mesh.sequence, "ulysses": mesh.ulysses, "ring": mesh.ring, "cfg": mesh.cfg}
-    return {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
+    return {name: dist.get_process_group_ranks(group) for name, group in groups(mesh).items()}
 
 
 def test_ulysses_neighbours_are_adjacent_and_ring_neighbours_are_not(gang: Gang) -> None:
     everyone = [0, 1, 2, 3]
     assert gang.run(neighbours, BOTH) == [
-        {"sequence": everyone, "ulysses": [0, 1], "ring": [0, 2], "cfg": [0]},
-        {"sequence": everyone, "ulysses": [0, 1], "ring": [1, 3], "cfg": [1]},
-        {"sequence": everyone, "ulysses": [2, 3], "ring": [0, 2], "cfg": [2]},
-        {"sequence": everyone, "ulysses": [2, 3], "ring": [1, 3], "cfg": [3]},
+        {"sequence": everyone, "ulysses": [0, 1], "ring": [0, 2]},
+        {"sequence": everyone, "ulysses": [0, 1], "ring": [1, 3]},
+        {"sequence": everyone, "ulysses": [2, 3], "ring": [0, 2]},
+        {"sequence": everyone, "ulysses": [2, 3], "ring": [1, 3]},
     ]
 
 
@@ -37,11 +42,21 @@ def test_each_branch_of_guidance_shards_its_own_sequence(gang: Gang) -> None:
     assert [rank["cfg"] for rank in by_rank] == [[0, 2], [1, 3], [0, 2], [1, 3]]
 
 
+def test_an_axis_of_one_rank_has_no_group(gang: Gang) -> None:
+    assert [set(rank) for rank in gang.run(neighbours, ParallelDims(ulysses_degree=4))] == [{"sequence", "ulysses"}] * 4
+    assert [set(rank) for rank in gang.run(neighbours, ParallelDims(cfg_degree=2))] == [{"cfg"}] * 2
+
+
 def coordinates(mesh: Mesh) -> bool:
     """Whether the coordinates that the mesh computes are this rank's numbers in its groups."""
-    return (mesh.cfg_rank, mesh.ring_rank, mesh.ulysses_rank, mesh.sequence_rank) == tuple(
-        dist.get_rank(group) for group in (mesh.cfg, mesh.ring, mesh.ulysses, mesh.sequence)
-    )
+    computed = {
+        "cfg": mesh.cfg_rank,
+        "ring": mesh.ring_rank,
+        "ulysses": mesh.ulysses_rank,
+        "sequence": mesh.sequence_rank,
+    }
+    alone = dict.fromkeys(computed, 0)
+    return computed == alone | {name: dist.get_rank(group) for name, group in groups(mesh).items()}
 
 
 @pytest.mark.parametrize("dims", [BOTH, GUIDED, ParallelDims(cfg_degree=2, ring_degree=2)], ids=str)
