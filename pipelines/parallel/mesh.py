@@ -32,7 +32,7 @@ class Mesh:
     """The whole gang."""
     sequence: Group | None
     """The ranks that share one token sequence: a plane of the mesh, row-major over `(ring, ulysses)`. Here and below,
-    None means that this rank is alone: nothing is sent."""
+    None means that this rank is alone: nothing may be sent, because torch takes None for the whole gang."""
     ulysses: Group | None
     ring: Group | None
     cfg: Group | None
