@@ -33,7 +33,7 @@ from pipelines.bundled.scenes.nouns import Noun, first_nouns, is_held_out
 from pipelines.bundled.scenes.render import render
 from pipelines.bundled.scenes.scene import DIRECTIONS, Motion, Relation, Scene, Subject, sample_scene
 from pipelines.bundled.train.vae import pixels_of, stack
-from pipelines.convolution import skip_padding
+from pipelines.model.convolution import skip_padding
 
 Frames = npt.NDArray[np.uint8]
 """`(T, H, W, 3)` in sRGB."""

@@ -23,7 +23,7 @@ from diffusers import WanPipeline
 from benchmarks.timing import seconds
 from configs.model_family import family_in
 from pipelines.bundled import model_directory
-from pipelines.precision import resolve_dtype
+from pipelines.model.precision import resolve_dtype
 from tests.e2e.server import running_server
 
 PROMPT = "A calico cat playing a piano on stage"

@@ -21,8 +21,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from benchmarks.timing import seconds
-from pipelines.media import encode_image, encode_video
-from pipelines.outputs import to_frame
+from pipelines.media.encode import encode_image, encode_video
+from pipelines.media.outputs import to_frame
 from tests.e2e.server import Server, running_server
 from tests.tiny_models import save
 

@@ -21,8 +21,8 @@ from openai import OpenAI
 
 from benchmarks.timing import seconds
 from pipelines.bundled import model_directory
-from pipelines.convolution import skip_padding
-from pipelines.encodings import EncodingMemory
+from pipelines.model.convolution import skip_padding
+from pipelines.model.encodings import EncodingMemory
 from tests.e2e.server import running_server
 
 

@@ -15,11 +15,11 @@ from starlette.types import ASGIApp
 
 from configs.server_args import ServerArgs
 from deployments import log
+from deployments.api.app import create_app
+from deployments.api.keys import Keyring
 from deployments.clients import EngineClient, StateClient, connect_engine
-from deployments.engine import Engine
-from deployments.ingress import create_app
-from deployments.keys import Keyring
-from deployments.state_actor import renew_state_actor, state_actor
+from deployments.engine.engine import Engine
+from deployments.state.actor import renew_state_actor, state_actor
 
 ENGINE_CPUS = 0.1
 """CPUs the engine replica reserves: it only waits for its ranks."""

@@ -17,8 +17,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from configs.model_family import ModelCard
-from deployments.adapters import LoadedAdapter
 from deployments.errors import APIError
+from deployments.interfaces import LoadedAdapter
 from deployments.losses import PROCESS_LOST, cause
 from deployments.names import APPLICATION
 from pipelines.job import Event, Job, Media

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from configs.model_family import ModelCard
 from pipelines.job import Event, Job, LoRASpec, Media
@@ -56,6 +56,9 @@ class VideoPage:
     videos: tuple[Video, ...]
     has_more: bool
 
+
+Composition = tuple[LoRASpec, ...]
+"""Adapters with their strengths, as they are merged together."""
 
 Variant = Literal["video", "thumbnail", "spritesheet"]
 
@@ -114,6 +117,28 @@ class LoRAStatus:
     """Host memory in which each rank of a replica keeps the original weights of merged layers."""
     notes: tuple[str, ...] = ()
     """Notes for the client on this call: a file that changed and was loaded again, a target that was ignored."""
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter that an engine replica has read, converted and found to fit the model."""
+
+    identity: str
+    factors: Any
+    """What the engine needs to merge it. Opaque here: `lora.factors.Factors.to_bytes()` in the object store."""
+    rank: int
+    num_bytes: int
+    transformers: tuple[str, ...] = ("transformer",)
+    """The model's transformers that it has factors for."""
+
+
+class AdapterLoader(Protocol):
+    """Reads adapters where the model is. Both raise `APIError` 400 (code `invalid_lora`) for an unusable adapter."""
+
+    async def identify_lora(self, path: str) -> str:
+        """The identity of the adapter now at `path`, without loading it."""
+
+    async def load_lora(self, path: str) -> LoadedAdapter: ...
 
 
 class Engine(Protocol):

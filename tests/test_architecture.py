@@ -13,19 +13,40 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 
-ROOMS = ("configs", "lora", "pipelines", "deployments")
-"""From the ground up: a room may import itself and those before it."""
+PACKAGES = ("configs", "lora", "pipelines", "deployments")
+
+FLOORS = (
+    ("configs",),
+    ("lora",),
+    ("pipelines.job", "pipelines.reasons"),
+    ("pipelines.media", "pipelines.parallel", "pipelines.bundled"),
+    ("pipelines.model",),
+    ("pipelines.generation",),
+    ("pipelines.bundled.train",),
+    ("deployments",),  # what its rooms share: interfaces, clients, errors, losses, names, log
+    ("deployments.api", "deployments.state"),
+    ("deployments.engine",),
+    ("deployments.app",),
+    ("deployments.command",),
+)
+"""The rooms from the ground up: each may import itself and those on the floors below, and is a stranger to the others
+on its own floor. A module belongs to the room with the longest name that it is within."""
+
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+NAMED_AS_THEIR_ROOM = {"deployments.engine.engine", "deployments.state.state", "pipelines.generation.generation"}
+"""The modules with their room's main class, or function. No other repeats the room's name."""
 
 ONLY_HERE = {
     "ray": ("deployments",),
-    "fastapi": ("deployments.ingress", "deployments.api"),
+    "fastapi": ("deployments.api",),
 }
 """Libraries, each with the packages that may import it."""
 
 FOR_RANKS = {"torch", "diffusers", "transformers", "accelerate", "peft", "safetensors.torch", "av"}
 """Libraries that compute and encode."""
 
-COMPUTE_NOTHING = ("deployments.ingress", "deployments.app", "deployments.state", "deployments.cli")
+COMPUTE_NOTHING = ("deployments.api.app", "deployments.app", "deployments.state.actor", "deployments.command.cli")
 """What the processes that compute nothing import: the Ingress and Engine replicas, the state actor and the command
 line. Torch would cost each of them 150 MB and two seconds, PyAV 10 MB."""
 
@@ -48,8 +69,8 @@ def module_name(path: Path) -> str:
 
 SOURCES = {
     module_name(path): ast.parse(path.read_text(), str(path))
-    for room in ROOMS
-    for path in sorted((REPOSITORY / room).rglob("*.py"))
+    for package in PACKAGES
+    for path in sorted((REPOSITORY / package).rglob("*.py"))
 }
 """The syntax tree of each module of the project."""
 
@@ -95,15 +116,30 @@ def loaded_with(module: str) -> dict[str, str]:
     return importer
 
 
-def test_the_rooms_are_all_there() -> None:
-    assert {name.split(".")[0] for name in SOURCES} == set(ROOMS)
+def room_of(module: str) -> str | None:
+    """None for what is no module of the project, and for `pipelines` itself, which is empty."""
+    return max((room for room in FLOOR if is_within(module, room)), key=len, default=None)
+
+
+def test_every_module_is_in_a_room() -> None:
+    assert {module for module in SOURCES if room_of(module) is None} == {"pipelines"}
+    assert {room_of(module) for module in SOURCES} - {None} == FLOOR.keys()
 
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_imports_point_down_only(module: str) -> None:
-    floor = ROOMS.index(module.split(".")[0])
-    upward = [found.module for found in imports_of(module) if found.module.split(".")[0] in ROOMS[floor + 1 :]]
-    assert not upward, f"{module} imports {upward}, which stand above it"
+    own = room_of(module)
+    rooms = {found.module: room for found in imports_of(module) if (room := room_of(found.module)) not in (None, own)}
+    astray = {imported: room for imported, room in rooms.items() if own is None or FLOOR[room] >= FLOOR[own]}
+    assert not astray, f"{module}, in the room {own}, imports {astray}"
+
+
+def test_a_file_does_not_repeat_the_name_of_its_room() -> None:
+    def repeats(module: str) -> bool:
+        *_, room, name = ("", *module.split("."))
+        return room in name.split("_")
+
+    assert {module for module in SOURCES if repeats(module)} == NAMED_AS_THEIR_ROOM
 
 
 def test_no_module_imports_itself_through_others() -> None:
@@ -151,7 +187,9 @@ def test_imports_name_their_module_in_full() -> None:
     assert not relative
 
 
-@pytest.mark.parametrize("path", [*ROOMS, "tests", "benchmarks", "docs", "Makefile", "README.md", "serve_config.yaml"])
+@pytest.mark.parametrize(
+    "path", [*PACKAGES, "tests", "benchmarks", "docs", "Makefile", "README.md", "serve_config.yaml"]
+)
 def test_nothing_is_left_unfinished(path: str) -> None:
     top = REPOSITORY / path
     files = [top] if top.is_file() else [file for file in top.rglob("*") if file.suffix in TEXT_SUFFIXES]

@@ -24,7 +24,7 @@ OTHER_NAMES = {"image": {"images"}}
 
 @cache
 def openapi() -> dict[str, Any]:
-    from deployments.ingress import create_app
+    from deployments.api.app import create_app
 
     # The OpenAPI document needs neither an engine nor a state actor.
     return create_app(ServerArgs(), None, None).openapi()  # type: ignore[arg-type]

@@ -7,8 +7,8 @@ from typing import Annotated
 from fastapi import Depends, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from deployments.api.keys import Caller
 from deployments.api.services import Served
-from deployments.keys import Caller
 
 _BEARER = HTTPBearer(scheme_name="API key", auto_error=False)
 

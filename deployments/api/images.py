@@ -15,12 +15,12 @@ from deployments.api.content import content_response
 from deployments.api.disconnect import cancelled_on_disconnect
 from deployments.api.event_stream import EventStream, Frames
 from deployments.api.jobs import Submission, image_submission, require_right_to_load
+from deployments.api.keys import Caller
 from deployments.api.openapi import JSON, MULTIPART, errors, event_stream, files, request_body
 from deployments.api.protocol.requests import ImageEditRequest, ImageGenerationRequest, ImageRequest
 from deployments.api.protocol.responses import CompletedImageEvent, ImageData, ImagesResponse, PartialImageEvent
 from deployments.api.services import Served, Services
 from deployments.errors import APIError
-from deployments.keys import Caller
 from pipelines.job import Preview, Progress, Result
 
 router = APIRouter(prefix="/v1/images", tags=["Images"])

@@ -12,7 +12,7 @@ from deployments.api.multipart import too_large
 from deployments.api.protocol.requests import ImageReference, InputImage
 from deployments.errors import APIError
 from pipelines.job import content_key
-from pipelines.uploads import MAX_INPUT_PIXELS, decode_image, decode_mask
+from pipelines.media.uploads import MAX_INPUT_PIXELS, decode_image, decode_mask
 
 
 @dataclass(frozen=True)

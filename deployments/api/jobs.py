@@ -12,6 +12,7 @@ from configs.model_family import ModelCard, ModelFamily, SamplingDefaults
 from configs.server_args import ServerArgs
 from deployments import log
 from deployments.api.inputs import Upload, input_image, input_mask
+from deployments.api.keys import Caller
 from deployments.api.protocol.requests import (
     GenerationRequest,
     ImageEditRequest,
@@ -22,7 +23,6 @@ from deployments.api.protocol.requests import (
 from deployments.api.services import Services
 from deployments.errors import APIError
 from deployments.interfaces import LoRARequest
-from deployments.keys import Caller
 from pipelines.job import Job, LoRASpec, Media, Task
 
 MAX_RANDOM_SEED = 2**32

@@ -8,8 +8,8 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from configs.server_args import ServerArgs
+from deployments.api.keys import OPEN, Keyring
 from deployments.interfaces import Engine, State
-from deployments.keys import OPEN, Keyring
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from configs.server_args import ServerArgs
-from deployments.cluster import PROXY_ENVIRONMENT
+from deployments.command.cluster import PROXY_ENVIRONMENT
 from tests.configs.strict_schema import validate
 
 REPOSITORY = Path(__file__).parents[2]

@@ -77,7 +77,7 @@ def test_the_replicas_ports_keep_clear_of_the_servers(config: dict[str, Any]) ->
 def test_the_graph_is_the_one_the_command_line_prints(
     config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from deployments.cli import main
+    from deployments.command.cli import main
 
     assert main(["serve", "--print-config"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)

@@ -16,7 +16,7 @@ from deployments.app import build
 from deployments.clients import StateClient, connect_engine
 from deployments.interfaces import VideoStatus
 from deployments.names import APPLICATION
-from deployments.state_actor import forget_state_actor, state_actor
+from deployments.state.actor import forget_state_actor, state_actor
 from pipelines.job import Event, Job, Media, Output, Progress, Result
 from tests.deployments.state.videos import INPUTS, a_job, finished, until_the_state_actor_is_gone
 

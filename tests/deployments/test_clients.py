@@ -12,9 +12,9 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, OwnerDiedError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from deployments.adapters import LoadedAdapter
 from deployments.clients import EngineClient
 from deployments.errors import APIError
+from deployments.interfaces import LoadedAdapter
 from pipelines.job import Job, Progress, Task
 
 

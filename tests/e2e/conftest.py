@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from diffusers import WanTransformer3DModel
 
-from deployments.cluster import free_ports
+from deployments.command.cluster import free_ports
 from pipelines.bundled import model_directory
 from tests import tiny_models
 from tests.e2e.server import FLOAT32, Server, running_server

@@ -19,7 +19,7 @@ import httpx2
 import psutil
 from openai import AsyncOpenAI, OpenAI
 
-from deployments.cluster import free_ports
+from deployments.command.cluster import free_ports
 
 START_SECONDS = 180.0
 """How long a start may take on a loaded machine; on an idle one it takes 10 to 20 s."""
@@ -143,7 +143,7 @@ def running_server(folder: Path, *flags: str) -> Iterator[Server]:
     A second server on the same folder continues with the state of the first. Neither needs a home folder.
     """
     (port,) = free_ports(1)
-    command = [sys.executable, "-m", "deployments.cli", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", "deployments.command.cli", "serve", "--port", str(port)]
     command += ["--output-path", str(folder / "outputs"), "--state-path", str(folder / "jobs.sqlite3"), *flags]
     home = {"HOME": os.devnull}
     with running(command, port, folder, says_ready, environment=home) as server:

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from deployments.interfaces import VideoStatus
-from deployments.jobs import JobStore
+from deployments.state.records import Records
 from tests import tiny_models
 from tests.e2e.server import Server, running_server
 
@@ -83,9 +83,9 @@ def test_a_server_that_was_stopped_or_killed_leaves_its_videos_to_the_next(tmp_p
         assert_done(second, killed)
         stopped = leave_work(second)
         assert_ends(second, signal.SIGTERM)
-    with closing(JobStore(str(tmp_path / "jobs.sqlite3"))) as jobs:
-        assert [video.job.id for video in jobs.unfinished()] == [stopped.running, stopped.queued]
-        assert jobs.get(stopped.finished["id"]).status is VideoStatus.COMPLETED
+    with closing(Records(str(tmp_path / "jobs.sqlite3"))) as records:
+        assert [video.job.id for video in records.videos.unfinished()] == [stopped.running, stopped.queued]
+        assert records.videos.get(stopped.finished["id"]).status is VideoStatus.COMPLETED
 
 
 def test_a_started_server_has_said_one_line(server: Server) -> None:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from deployments.cluster import free_ports, private_proxy_environment
+from deployments.command.cluster import free_ports, private_proxy_environment
 from tests.e2e.pictures import decoded_frames, opened
 from tests.e2e.server import SHORT, Server, running
 

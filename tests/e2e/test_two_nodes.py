@@ -106,7 +106,7 @@ def content(host: Host, video_id: str) -> bytes:
 
 def start_another(host: Host, cluster: str) -> subprocess.CompletedProcess[str]:
     """Start a second server on the same cluster, which would replace the first."""
-    command = [sys.executable, "-m", "deployments.cli", "serve", "--port", str(PORT + 1)]
+    command = [sys.executable, "-m", "deployments.command.cli", "serve", "--port", str(PORT + 1)]
     joining = {**environment(host), "RAY_ADDRESS": cluster}
     return subprocess.run(host.command(*command), env=joining, capture_output=True, text=True, timeout=START_SECONDS)
 
@@ -114,7 +114,7 @@ def start_another(host: Host, cluster: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(not can_be_made(), reason="this machine does not let its users make network namespaces")
 def test_a_gang_spans_two_nodes_and_survives_the_loss_of_one_once_there_is_another(tmp_path: Path) -> None:
     head_flags = ("--head", "--port", str(RAY_PORT), "--include-dashboard", "false")
-    command = [sys.executable, "-m", "deployments.cli", "serve", "--host", "0.0.0.0", "--port", str(PORT)]
+    command = [sys.executable, "-m", "deployments.command.cli", "serve", "--host", "0.0.0.0", "--port", str(PORT)]
     command += [
         "--model-path",
         str(tiny_models.save("wan2.1-t2v", tmp_path)),

@@ -8,7 +8,7 @@ import pytest
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from pipelines.load import TRANSFORMERS
+from pipelines.model.load import TRANSFORMERS
 from tests import tiny_models
 
 _build = cache(tiny_models.build)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from configs.server_args import ServerArgs
 from pipelines.job import Job, Media, Task, content_key
-from pipelines.load import Model, load_model
+from pipelines.model.load import Model, load_model
 from tests import tiny_models
 
 WIDTH, HEIGHT = 60, 50

@@ -18,7 +18,7 @@ from pipelines.bundled.train.optimizer import MuonAdamW, split_parameters
 from pipelines.bundled.train.padding import attend_to_folded_padding
 from pipelines.bundled.train.recipe import Bucket, Recipe, StageRecipe
 from pipelines.bundled.train.vae import step_seed
-from pipelines.convolution import skip_padding
+from pipelines.model.convolution import skip_padding
 
 FIRST_AND_LAST = (
     "text_encoder.shared",

@@ -16,7 +16,7 @@ from pipelines.bundled.train.flow import TextToLatents
 from pipelines.bundled.train.loop import load_average
 from pipelines.bundled.train.networks import build_text_encoder, build_transformer, build_vae
 from pipelines.bundled.train.recipe import Recipe
-from pipelines.convolution import skip_padding
+from pipelines.model.convolution import skip_padding
 
 MEASURED_SCENES = 256
 """Number of scenes from which the mean and deviation of the latents are measured."""

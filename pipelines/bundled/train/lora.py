@@ -18,7 +18,7 @@ from pipelines.bundled.train.optimizer import MuonAdamW
 from pipelines.bundled.train.padding import attend_to_folded_padding
 from pipelines.bundled.train.recipe import Recipe
 from pipelines.bundled.train.vae import step_seed
-from pipelines.convolution import skip_padding
+from pipelines.model.convolution import skip_padding
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 """Every linear layer of a block."""

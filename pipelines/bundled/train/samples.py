@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from configs.model_family import family_in
-from pipelines.convolution import skip_padding
+from pipelines.model.convolution import skip_padding
 
 PROMPTS = (
     "A calico cat playing a piano on stage",

@@ -20,7 +20,7 @@ from pipelines.bundled.train.loop import autocast, device_of
 from pipelines.bundled.train.networks import build_vae
 from pipelines.bundled.train.optimizer import MuonAdamW, split_parameters
 from pipelines.bundled.train.recipe import Recipe, StageRecipe
-from pipelines.convolution import skip_padding
+from pipelines.model.convolution import skip_padding
 
 KL_WEIGHT = 1e-4
 """Per latent value: enough to keep the latents near N(0, 1), too little to blur."""

@@ -14,12 +14,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from configs.server_args import ServerArgs
+from deployments.api.app import create_app
 from deployments.api.jobs import FAMILY_PARAMETERS
-from deployments.cluster import free_ports
+from deployments.api.keys import Keyring
+from deployments.command.cluster import free_ports
 from deployments.errors import APIError
-from deployments.ingress import create_app
-from deployments.keys import Keyring
-from deployments.state import State
+from deployments.state.state import State
 from pipelines.job import Task
 from tests.deployments.api.stand_in import StandInEngine
 from tests.deployments.step_engine import StepEngine

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from configs.model_family import Match, ModelCard, ModelFamily, SamplingDefaults
 from configs.server_args import ServerArgs
-from deployments.ingress import create_app
+from deployments.api.app import create_app
 from deployments.interfaces import LoRARequest
 from pipelines.job import LoRASpec, Task
 

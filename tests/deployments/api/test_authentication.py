@@ -12,8 +12,8 @@ import pytest
 from fastapi import FastAPI
 
 from configs.server_args import ServerArgs
-from deployments.keys import Keyring
-from deployments.state import State
+from deployments.api.keys import Keyring
+from deployments.state.state import State
 from pipelines.job import Job, Task
 from tests.deployments.api.small_server import client, running_app
 

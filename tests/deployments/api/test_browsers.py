@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from configs.server_args import ServerArgs
-from deployments.ingress import create_app
+from deployments.api.app import create_app
 from pipelines.job import Task
 from tests.deployments.api.stand_in import StandInEngine, StandInState
 

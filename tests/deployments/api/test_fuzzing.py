@@ -27,7 +27,7 @@ from schemathesis.checks import (
 )
 
 from configs.server_args import ServerArgs
-from deployments.ingress import create_app
+from deployments.api.app import create_app
 from tests.deployments.api.small_server import served_app
 
 PATIENCE_S = 30.0

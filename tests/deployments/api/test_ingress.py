@@ -11,7 +11,7 @@ from tests.deployments.api.stand_in import StandInEngine, app_over
 
 
 def test_the_http_process_imports_no_torch() -> None:
-    code = "import sys, deployments.ingress; assert not {'torch', 'diffusers', 'ray'} & set(sys.modules)"
+    code = "import sys, deployments.api.app; assert not {'torch', 'diffusers', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -13,7 +13,7 @@ import pytest
 from deployments.api.body import MAX_TEXT_BYTES
 from deployments.api.jobs import MAX_SIDE
 from deployments.api.multipart import MAX_PARTS
-from pipelines.media import encode_image, encode_video
+from pipelines.media.encode import encode_image, encode_video
 from tests.deployments.api.small_server import client, running_app
 from tests.e2e.pictures import picture
 

@@ -15,9 +15,9 @@ from aiohttp import web
 
 from configs.server_args import ServerArgs
 from deployments.api import remote_media
+from deployments.api.app import create_app
 from deployments.api.remote_media import fetch, is_public
 from deployments.errors import APIError
-from deployments.ingress import create_app
 from pipelines.job import Task
 from tests.deployments.api.stand_in import StandInEngine, StandInState
 from tests.e2e.pictures import picture

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from configs.server_args import ServerArgs
-from deployments import video_runner
-from deployments.state import State
+from deployments.state import video_runner
+from deployments.state.state import State
 from tests.deployments.state.videos import MAX_ATTEMPTS
 from tests.deployments.step_engine import StepEngine
 

@@ -17,12 +17,13 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError
 
-from deployments import log, state
+from deployments import log
 from deployments.clients import StateClient
 from deployments.errors import APIError
 from deployments.interfaces import Video, VideoStatus
 from deployments.names import NAMESPACE, STATE_ACTOR
-from deployments.state_actor import SETTINGS, forget_state_actor, renew_state_actor, state_actor
+from deployments.state import state
+from deployments.state.actor import SETTINGS, forget_state_actor, renew_state_actor, state_actor
 from tests.deployments import step_engine
 from tests.deployments.state.videos import (
     INPUTS,
@@ -37,7 +38,7 @@ from tests.deployments.step_engine import StepEngine, pixels
 
 def test_the_state_needs_no_torch():
     subprocess.run(
-        [sys.executable, "-c", "import sys, deployments.state_actor; assert 'torch' not in sys.modules"], check=True
+        [sys.executable, "-c", "import sys, deployments.state.actor; assert 'torch' not in sys.modules"], check=True
     )
 
 

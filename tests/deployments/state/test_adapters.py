@@ -1,219 +1,194 @@
-"""`State` and adapters: those of accepted jobs stay known while they are needed, through restarts and deletes."""
+"""Nicknames, the files they stand for, and the cache of factors."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+import json
+from typing import Any
 
 import pytest
 
-from configs.server_args import ServerArgs
 from deployments.errors import APIError
 from deployments.interfaces import LoRARequest
-from deployments.state import State
-from pipelines.job import Job, LoRASpec, Task
-from tests.deployments.adapter_files import AdapterFiles
-from tests.deployments.step_engine import StepEngine
-
-
-class LoadingEngine(StepEngine, AdapterFiles):
-    """Computes videos and reads adapters."""
-
-    def __init__(self, folder: Path):
-        StepEngine.__init__(self, folder)
-        AdapterFiles.__init__(self)
+from deployments.state.adapters import AdapterRegistry
+from pipelines.job import LoRASpec
+from tests.deployments.state.adapter_files import SIZE, AdapterFiles
 
 
 @pytest.fixture
-def args(tmp_path: Path) -> ServerArgs:
-    return ServerArgs(output_path=str(tmp_path / "outputs"), state_path=str(tmp_path / "jobs.sqlite3"))
+def files() -> AdapterFiles:
+    return AdapterFiles()
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> LoadingEngine:
-    return LoadingEngine(tmp_path)
+def registry(files: AdapterFiles) -> AdapterRegistry:
+    return AdapterRegistry(lambda: files, cache_bytes=10 * SIZE)
 
 
-@pytest.fixture
-async def state(args: ServerArgs, engine: LoadingEngine) -> AsyncIterator[State]:
-    state = State(args, lambda: engine)
-    yield state
-    await state.close()
+async def specs(registry: AdapterRegistry, *requests: LoRARequest) -> list[tuple[str, str, float]]:
+    return [(spec.nickname, spec.identity, spec.strength) for spec in await registry.for_job(requests)]
 
 
-def clip(video_id: str, lora: tuple[LoRASpec, ...]) -> Job:
-    size = {"width": 64, "height": 64, "num_inference_steps": 4, "seeds": (7,), "output_format": "mp4"}
-    return Job(id=video_id, task=Task.TEXT_TO_VIDEO, prompt="waves", lora=lora, **size)
+def nicknames(registry: AdapterRegistry) -> list[str]:
+    return [loaded.nickname for loaded in registry.loaded]
 
 
-def noted(state: State) -> list[str]:
-    """Identities of the adapters that would be known after a restart."""
-    return [adapter["identity"] for adapter in state._jobs.noted("adapters")["adapters"]]
+# Names and files.
 
 
-async def test_the_adapter_of_an_accepted_video_is_known_after_a_delete_and_a_restart(
-    state: State, args: ServerArgs, engine: LoadingEngine
-) -> None:
-    engine.allow("video_1", 0)
-    lora = await state.lora_for_job([LoRARequest("style", "a")])
-    await state.delete_lora("style")
-    await state.create_video(clip("video_1", lora), {}, "wan")
-    await state.close()
-
-    later = State(args, lambda: engine)
-    assert (await later.list_loras()).loaded == ()
-    assert await later.lora_factors("a@1") == "factors of a@1"
-    await later.delete_video("video_1")
-    await later.close()
+async def test_a_nickname_stands_for_the_file_it_was_first_used_with(registry: AdapterRegistry) -> None:
+    assert await specs(registry, LoRARequest("face", "b", 0.5)) == [("face", "b@1", 0.5)]
+    assert await specs(registry, LoRARequest("face")) == [("face", "b@1", 1.0)]
+    assert await registry.for_job([]) == ()
 
 
-async def test_what_nothing_names_any_more_is_forgotten(state: State) -> None:
-    for nickname, path in [("style", "a"), ("face", "b")]:
-        await state.set_lora([LoRARequest(nickname, path)])
-        await state.unmerge_lora()
-    assert noted(state) == ["a@1", "b@1"]
-    await state.delete_lora("style")
-    assert noted(state) == ["b@1"]
+async def test_an_unknown_nickname_needs_a_path(registry: AdapterRegistry) -> None:
+    with pytest.raises(APIError, match="its path is needed") as refused:
+        await registry.for_job([LoRARequest("face")])
+    assert refused.value.status == 404
 
 
-async def test_a_merged_adapter_and_its_strength_outlive_the_state(
-    state: State, args: ServerArgs, engine: LoadingEngine
-) -> None:
-    await state.set_lora([LoRARequest("style", "a", 0.7)])
-    await state.close()
-    later = State(args, lambda: engine)
-    (spec,) = await later.lora_for_job(None)
-    assert (spec.nickname, spec.identity, spec.strength) == ("style", "a@1", 0.7)
-    with pytest.raises(APIError, match="'style' is merged"):
-        await later.delete_lora("style")
-    await later.close()
+async def test_a_job_cannot_move_a_nickname(registry: AdapterRegistry) -> None:
+    await registry.for_job([LoRARequest("face", "b")])
+    with pytest.raises(APIError, match="stands for another lora_path") as refused:
+        await registry.for_job([LoRARequest("face", "c")])
+    assert refused.value.status == 409
 
 
-@pytest.fixture
-def started_with(args: ServerArgs, engine: LoadingEngine) -> Callable[[str], State]:
-    """The state of a server started with the adapter at this path."""
-    return lambda path: State(args.model_copy(update={"lora_path": path, "lora_nickname": "start"}), lambda: engine)
+async def test_one_nickname_given_twice_is_refused(registry: AdapterRegistry) -> None:
+    with pytest.raises(APIError, match="given twice"):
+        await registry.for_job([LoRARequest("face", "a"), LoRARequest("face", "b")])
 
 
-async def test_jobs_wait_for_the_adapter_of_the_start(started_with: Callable[[str], State]) -> None:
-    state = started_with("a")
-    assert [spec.identity for spec in await state.lora_for_job(None)] == ["a@1"]
-    await state.close()
-
-
-async def test_an_adapter_of_the_start_that_failed_is_tried_again(
-    started_with: Callable[[str], State], engine: LoadingEngine
-) -> None:
-    state = started_with("late")
-    for _ in range(2):
-        with pytest.raises(APIError, match="'late' does not exist"):
-            await state.lora_for_job(None)
-    engine.versions["late"] = 1
-    assert [spec.identity for spec in await state.lora_for_job(None)] == ["late@1"]
-    await state.close()
-
-
-async def test_whoever_sets_another_adapter_does_without_that_of_the_start(
-    started_with: Callable[[str], State], engine: LoadingEngine
-) -> None:
-    state = started_with("late")
-    with pytest.raises(APIError):
-        await state.adapters_open()
-    await state.set_lora([LoRARequest("style", "a")])
-    engine.versions["late"] = 1
-    assert [spec.identity for spec in await state.lora_for_job(None)] == ["a@1"]
-    await state.close()
-
-
-async def test_a_file_that_changed_before_a_restart_is_read_anew(
-    args: ServerArgs, engine: LoadingEngine, started_with: Callable[[str], State]
-) -> None:
-    begin: list[Callable[[], State]] = [lambda: State(args, lambda: engine), lambda: started_with("a")]
-    for start in begin:
-        engine.versions["a"] = 1
-        state = start()
-        await state.lora_for_job(None)
-        await state.set_lora([LoRARequest("start", "a", 0.7)])
-        await state.close()
-        engine.versions["a"] = 2
-        later = start()
-        (spec,) = await later.lora_for_job(None)
-        assert (spec.identity, spec.strength) == ("a@2", 0.7)
-        await later.unmerge_lora()
-        await later.close()
-
-
-async def test_a_default_that_is_gone_hinders_only_the_jobs_that_get_it(
-    state: State, args: ServerArgs, engine: LoadingEngine
-) -> None:
-    await state.set_lora([LoRARequest("style", "a")])
-    await state.close()
-    del engine.versions["a"]
-    later = State(args, lambda: engine)
-    await later.adapters_open()
-    assert await later.lora_for_job([]) == ()
-    (spec,) = await later.lora_for_job(None)
+async def test_a_bad_adapter_takes_no_nickname(registry: AdapterRegistry) -> None:
     with pytest.raises(APIError, match="does not exist"):
-        await later.lora_factors(spec.identity)
-    await later.close()
+        await registry.for_job([LoRARequest("bad", "nowhere")])
+    assert nicknames(registry) == []
 
 
-async def test_without_an_engine_jobs_get_the_default_as_it_was_and_clients_can_change_it(
-    state: State, args: ServerArgs, engine: LoadingEngine, monkeypatch: pytest.MonkeyPatch
+async def test_a_free_nickname_may_stand_for_another_file(registry: AdapterRegistry) -> None:
+    await registry.for_job([LoRARequest("face", "b")])
+    registry.forget("face")
+    assert await specs(registry, LoRARequest("face", "c")) == [("face", "c@1", 1.0)]
+    with pytest.raises(APIError, match="not known") as refused:
+        registry.forget("hand")
+    assert refused.value.status == 404
+
+
+@pytest.mark.parametrize(
+    ("target", "changed", "ignored"),
+    [
+        (("all",), ("transformer", "transformer_2"), []),
+        (("transformer_2",), ("transformer_2",), []),
+        (("transformer", "critic"), ("transformer",), ["critic"]),
+        (("critic",), (), ["critic"]),
+    ],
+)
+async def test_a_target_is_one_of_the_transformers_that_the_adapter_has_factors_for(
+    registry: AdapterRegistry, target: tuple[str, ...], changed: tuple[str, ...], ignored: list[str]
 ) -> None:
-    await state.set_lora([LoRARequest("style", "a")])
-    await state.close()
-    monkeypatch.setattr("deployments.state.RELOAD_PATIENCE_S", 0.05)
-    starting = asyncio.Event()
-
-    async def identify_once_there_is_an_engine(path: str) -> str:
-        await starting.wait()
-        return f"{path}@{engine.versions[path]}"
-
-    monkeypatch.setattr(engine, "identify_lora", identify_once_there_is_an_engine)
-    later = State(args, lambda: engine)
-    async with asyncio.timeout(2):
-        assert await later.lora_for_job([]) == ()
-        assert [spec.identity for spec in await later.lora_for_job(None)] == ["a@1"]
-        await later.unmerge_lora()
-    starting.set()
-    assert await later.lora_for_job(None) == ()
-    await later.close()
+    (spec,) = await registry.for_job([LoRARequest("style", "a", target=target)])
+    assert registry.transformers_of(spec) == changed
+    assert registry.ignored_targets(spec) == [
+        f"target '{name}' is ignored: there is only transformer, transformer_2" for name in ignored
+    ]
 
 
-async def test_an_engine_that_is_not_there_yet_is_asked_again(
-    state: State, args: ServerArgs, engine: LoadingEngine, monkeypatch: pytest.MonkeyPatch
+# Memory.
+
+
+async def test_jobs_that_need_the_same_adapter_load_it_once(registry: AdapterRegistry, files: AdapterFiles) -> None:
+    await asyncio.gather(*[registry.for_job([LoRARequest("face", "b")]) for _ in range(5)])
+    assert files.loads == ["b"]
+
+
+async def test_an_evicted_adapter_is_loaded_again_from_its_path_once(files: AdapterFiles) -> None:
+    registry = AdapterRegistry(lambda: files, cache_bytes=2 * SIZE)
+    for name in "abc":
+        await registry.for_job([LoRARequest(name, name)])
+    assert await registry.factors("c@1") == "factors of c@1"
+    assert files.loads == ["a", "b", "c"]
+    assert await asyncio.gather(*[registry.factors("a@1") for _ in range(3)]) == ["factors of a@1"] * 3
+    assert files.loads == ["a", "b", "c", "a"]
+
+
+async def test_what_is_pinned_is_never_evicted(files: AdapterFiles) -> None:
+    registry = AdapterRegistry(lambda: files, cache_bytes=0)
+    registry.pin(await registry.for_job([LoRARequest("a", "a")]))
+    await registry.for_job([LoRARequest("b", "b")])
+    await registry.factors("a@1")
+    assert files.loads == ["a", "b"]
+
+
+async def test_a_freed_nickname_frees_the_factors_unless_another_stands_for_them(
+    registry: AdapterRegistry, files: AdapterFiles
 ) -> None:
-    await state.set_lora([LoRARequest("style", "a")])
-    await state.close()
-    monkeypatch.setattr("deployments.state.RELOAD_DELAY_S", 0.01)
-    engine.versions["a"] = 2
-    makers = iter([APIError(503, "The engine is not deployed"), APIError(503, "It loads"), engine, engine, engine])
-
-    def make() -> LoadingEngine:
-        if isinstance(made := next(makers), APIError):
-            raise made
-        return made
-
-    later = State(args, make)
-    assert [spec.identity for spec in await later.lora_for_job(None)] == ["a@2"]
-    await later.close()
+    await registry.for_job([LoRARequest("one", "a"), LoRARequest("other", "a")])
+    registry.forget("one")
+    await registry.factors("a@1")
+    assert files.loads == ["a"]
+    registry.forget("other")
+    await registry.factors("a@1")  # for a job that was accepted earlier
+    assert files.loads == ["a", "a"]
 
 
-async def test_what_was_merged_into_another_model_is_not_merged_into_this_one(
-    state: State, args: ServerArgs, engine: LoadingEngine
+async def test_weights_that_are_gone_for_good_are_not_replaced_by_others(files: AdapterFiles) -> None:
+    registry = AdapterRegistry(lambda: files, cache_bytes=0)
+    (spec,) = await registry.for_job([LoRARequest("a", "a")])
+    await registry.for_job([LoRARequest("b", "b")])
+    files.versions["a"] = 2
+    with pytest.raises(APIError, match="has changed since it was loaded") as refused:
+        await registry.factors(spec.identity)
+    assert refused.value.status == 409
+
+
+async def test_factors_of_what_was_never_loaded_are_not_found(registry: AdapterRegistry) -> None:
+    with pytest.raises(APIError, match="never been loaded") as refused:
+        await registry.factors("a@1")
+    assert refused.value.status == 404
+
+
+# Restarts.
+
+
+async def restarted(registry: AdapterRegistry, files: AdapterFiles, *in_use: LoRASpec) -> AdapterRegistry:
+    later = AdapterRegistry(lambda: files, cache_bytes=10 * SIZE)
+    later.restore(json.loads(json.dumps(registry.snapshot({spec.identity for spec in in_use}))))
+    return later
+
+
+async def test_a_snapshot_brings_everything_back_but_the_factors(
+    registry: AdapterRegistry, files: AdapterFiles
 ) -> None:
-    await state.set_lora([LoRARequest("style", "a")])
-    await state.close()
-    later = State(args.model_copy(update={"model_path": "/models/another"}), lambda: engine)
-    assert await later.lora_for_job(None) == ()
-    assert [spec.identity for spec in await later.lora_for_job([LoRARequest("style")])] == ["a@1"]
-    await later.close()
+    before = await registry.for_job([LoRARequest("style", "a", 0.7), LoRARequest("face", "b")])
+    later = await restarted(registry, files)
+    assert later.loaded == registry.loaded
+    assert await later.for_job([LoRARequest("style", strength=0.7), LoRARequest("face")]) == before
+    assert files.loads == ["a", "b"]
+    assert await later.factors("a@1") == "factors of a@1"
+    assert files.loads == ["a", "b", "a"]
 
 
-async def test_a_request_with_a_known_nickname_writes_nothing(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
-    await state.lora_for_job([LoRARequest("style", "a")])
-    monkeypatch.setattr(state._jobs, "note", lambda *args: pytest.fail("written"))
-    await state.lora_for_job([LoRARequest("style")])
-    await state.lora_for_job([LoRARequest("style", "a")])
+async def test_a_snapshot_forgets_what_nothing_names_any_more(registry: AdapterRegistry, files: AdapterFiles) -> None:
+    (of_a_job,) = await registry.for_job([LoRARequest("style", "a")])
+    await registry.for_job([LoRARequest("face", "b")])
+    for nickname in ("style", "face"):
+        registry.forget(nickname)
+    later = await restarted(registry, files, of_a_job)
+    assert await later.factors(of_a_job.identity) == "factors of a@1"
+    with pytest.raises(APIError, match="never been loaded"):
+        await later.factors("b@1")
+
+
+@pytest.mark.parametrize(
+    ("requests", "changed"),
+    [([LoRARequest("style")], False), ([LoRARequest("style", "a")], False), ([LoRARequest("face", "b")], True)],
+    ids=["a known nickname", "a known nickname with its path", "a new one"],
+)
+async def test_only_what_a_snapshot_holds_counts_as_a_change(
+    registry: AdapterRegistry, requests: list[Any], changed: bool
+) -> None:
+    await registry.for_job([LoRARequest("style", "a")])
+    before = registry.changes
+    await registry.for_job(requests)
+    assert (registry.changes != before) is changed

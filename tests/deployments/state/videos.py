@@ -12,7 +12,7 @@ from configs.server_args import ServerArgs
 from deployments.clients import StateClient
 from deployments.interfaces import Video, VideoStatus
 from deployments.names import STATE_ACTOR
-from deployments.state import State
+from deployments.state.state import State
 from pipelines.job import Job, Task, content_key
 
 PHOTO = b"a photo of a lighthouse"

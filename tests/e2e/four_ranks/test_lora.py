@@ -17,9 +17,9 @@ from diffusers import WanTransformer3DModel
 
 from configs.server_args import ServerArgs
 from pipelines.bundled import model_directory
-from pipelines.generation import generate
+from pipelines.generation.generation import generate
 from pipelines.job import Job, Result, Task
-from pipelines.load import load_model
+from pipelines.model.load import load_model
 from tests.e2e.pictures import pixels
 from tests.e2e.server import SMALL, Server
 from tests.lora.adapters import State, Trained, save, train, with_prefix

@@ -20,7 +20,7 @@ from pipelines.bundled.train.padding import SERVED_LENGTH, attend_to_folded_padd
 from pipelines.bundled.train.recipe import PRESETS, Recipe
 from pipelines.bundled.train.tokens import on_tokens
 from pipelines.bundled.train.vae import decode
-from pipelines.convolution import skip_padding
+from pipelines.model.convolution import skip_padding
 from tests.pipelines.bundled.conftest import CLIP, RECIPE, STILL
 
 

@@ -28,7 +28,7 @@ from pipelines.bundled.train.recipe import Bucket, Recipe
 from pipelines.bundled.train.samples import sheet
 from pipelines.bundled.train.vae import MotionStage, VAEStage
 from pipelines.job import Task
-from pipelines.load import load_model
+from pipelines.model.load import load_model
 from tests.pipelines.bundled.conftest import RECIPE, painted_sprite
 
 CPU = torch.device("cpu")

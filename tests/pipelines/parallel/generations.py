@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from configs.server_args import ServerArgs
-from pipelines.arguments import call_arguments
-from pipelines.generation import decoded_inputs
+from pipelines.generation.arguments import call_arguments
+from pipelines.generation.generation import decoded_inputs
 from pipelines.job import Task
-from pipelines.load import Model, load_model
+from pipelines.model.load import Model, load_model
 from pipelines.parallel.mesh import Mesh
 from tests import tiny_models
 from tests.pipelines.conftest import make_job

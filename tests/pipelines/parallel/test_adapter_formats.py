@@ -13,7 +13,7 @@ from configs.server_args import ServerArgs
 from lora.load import load, resolve
 from lora.merge import Merger
 from pipelines.job import Task
-from pipelines.load import Model, load_model
+from pipelines.model.load import Model, load_model
 from pipelines.parallel.mesh import Mesh
 from tests import tiny_models
 from tests.gang import Gang

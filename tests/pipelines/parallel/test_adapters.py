@@ -17,7 +17,7 @@ from lora import merge
 from lora.load import load, resolve
 from lora.merge import Merger
 from lora.originals import Checkpoint, HostCopies
-from pipelines.load import Model, load_model
+from pipelines.model.load import Model, load_model
 from pipelines.parallel.mesh import Mesh
 from tests import tiny_models
 from tests.gang import Gang

@@ -10,7 +10,7 @@ import pytest
 from configs.model_family import families
 from configs.parallel import ParallelDims
 from pipelines.job import Task
-from pipelines.load import Model
+from pipelines.model.load import Model
 from tests import tiny_models
 from tests.gang import Gang
 from tests.pipelines.parallel.generations import compare_latents, latents

@@ -12,9 +12,9 @@ from PIL import Image
 
 from configs.parallel import ParallelDims
 from configs.server_args import ServerArgs
-from pipelines.generation import generate
+from pipelines.generation.generation import generate
 from pipelines.job import Job, Result, Task
-from pipelines.load import load_model
+from pipelines.model.load import load_model
 from pipelines.parallel.mesh import Mesh
 from tests.gang import Gang
 from tests.tiny_models import save

@@ -1,0 +1,1 @@
+"""The state: what the server remembers of videos, images, files and adapters, in one actor and on disk."""

@@ -1,0 +1,1 @@
+"""How a rank computes a job: an iterator over the steps of a diffusers pipeline."""
