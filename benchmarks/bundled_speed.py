@@ -22,7 +22,7 @@ from diffusers import WanPipeline
 
 from benchmarks.timing import seconds
 from configs.model_family import family_in
-from pipelines.bundled import model_directory
+from pipelines.model.bundled import model_directory
 from pipelines.model.precision import resolve_dtype
 from tests.e2e.server import running_server
 

@@ -25,7 +25,7 @@ import torch
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 
 from benchmarks.lora_switch import adapter
-from pipelines.bundled import model_directory
+from pipelines.model.bundled import model_directory
 from tests.e2e.server import Server, running_server
 
 

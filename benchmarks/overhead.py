@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from openai import OpenAI
 
 from benchmarks.timing import seconds
-from pipelines.bundled import model_directory
+from pipelines.model.bundled import model_directory
 from pipelines.model.convolution import skip_padding
 from pipelines.model.encodings import EncodingMemory
 from tests.e2e.server import running_server

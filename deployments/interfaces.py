@@ -1,7 +1,7 @@
-"""What the HTTP API needs from the rest of the server, as two protocols and the values that cross them.
+"""What the rooms need from each other, as protocols and the values that cross them.
 
-The engine computes jobs; the state actor remembers videos, stored content and adapters. The API is written against
-these protocols alone; `deployments/app.py` gives it the Serve handle and the actor behind them.
+The engine computes jobs and reads adapters; the state actor remembers videos, stored content and adapters. The API and
+the state are written against these protocols alone; `deployments/app.py` gives them the Serve handle and the actor.
 """
 
 from __future__ import annotations

@@ -19,10 +19,9 @@ FLOORS = (
     ("configs",),
     ("lora",),
     ("pipelines.job", "pipelines.reasons"),
-    ("pipelines.media", "pipelines.parallel", "pipelines.bundled"),
+    ("pipelines.media", "pipelines.parallel"),
     ("pipelines.model",),
-    ("pipelines.generation",),
-    ("pipelines.bundled.train",),
+    ("pipelines.generation", "pipelines.bundled"),
     ("deployments",),  # what its rooms share: interfaces, clients, errors, losses, names, log
     ("deployments.api", "deployments.state"),
     ("deployments.engine",),

@@ -19,6 +19,7 @@ from torch import nn
 from configs.model_family import ModelCard, ModelFamily, family_in
 from configs.server_args import ServerArgs
 from pipelines.job import InvalidJob, Task
+from pipelines.model import bundled
 from pipelines.model.convolution import skip_padding
 from pipelines.model.encodings import EncodingMemory
 from pipelines.model.offload import place
@@ -157,8 +158,6 @@ def model_directory(model_path: str | None) -> Path:
         ValueError: there is no such folder, and no such repository can be downloaded.
     """
     if model_path is None:
-        from pipelines import bundled
-
         return bundled.model_directory()
     directory = Path(model_path).expanduser()
     if directory.is_dir():

@@ -7,7 +7,7 @@ import pytest
 from diffusers import WanTransformer3DModel
 
 from deployments.command.cluster import free_ports
-from pipelines.bundled import model_directory
+from pipelines.model.bundled import model_directory
 from tests import tiny_models
 from tests.e2e.server import FLOAT32, Server, running_server
 from tests.lora.adapters import Trained, save, train, with_prefix

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +15,9 @@ from deployments.engine.engine import Engine
 from deployments.engine.gang import GangBroken
 from deployments.engine.rank import Stopped, Suspended, TooLarge
 from deployments.errors import APIError
+from deployments.interfaces import Composition
 from deployments.names import APPLICATION
-from pipelines.job import Event, Job, Media, Output, Progress, Result, Task
+from pipelines.job import Event, Job, LoRASpec, Media, Output, Progress, Result, Task
 
 
 class StepwiseGang:
@@ -24,15 +25,22 @@ class StepwiseGang:
 
     def __init__(self, args: ServerArgs, placement_group: object):
         self.loaded = True
-        self.composition = ()
+        self.composition: Composition = ()
         self.is_lost = False
         self.began: list[str] = []
+        self.discarded: list[str] = []
         self.breaks_under: list[str] = []
         """Jobs under which it breaks, once for each time they are listed."""
         self.failure: TooLarge | None = None
         """Why it breaks, if the job itself is the cause."""
         self.tells_every = 1
         """It reports one step in so many."""
+        self.merging: list[Composition] = []
+        """What it was told to merge."""
+        self.may_merge = asyncio.Event()
+        self.may_merge.set()
+        self.merge_breaks_it: Composition | None = None
+        """Breaks it once."""
         self._orders: dict[str, type[Exception]] = {}
         self._steps = asyncio.Semaphore(0)
 
@@ -51,6 +59,17 @@ class StepwiseGang:
 
     def suspend(self, job_id: str) -> None:
         self._orders[job_id] = Suspended
+
+    def discard(self, job_id: str) -> None:
+        self.discarded.append(job_id)
+
+    async def merge(self, composition: Composition, factors: Mapping[str, str]) -> None:
+        self.merging.append(composition)
+        await self.may_merge.wait()
+        if composition == self.merge_breaks_it:
+            self.merge_breaks_it = None
+            raise GangBroken("rank 1 died")
+        self.composition = composition
 
     def kill(self) -> None:
         """There is nothing to kill."""
@@ -71,6 +90,9 @@ class StepwiseGang:
 
 class SilentState:
     """Has no news."""
+
+    async def lora_factors(self, identity: str) -> str:
+        return f"factors of {identity}"
 
     async def watch_default(self, replica_id: str, known_version: int | None) -> tuple[int, tuple[()]]:
         await asyncio.Event().wait()
@@ -120,6 +142,10 @@ def asked_for(engine: Engine, video_id: str = "video_1", asker: str = "") -> asy
         return [event async for event in engine.generate(video, {}, progress=True, asker=asker)]
 
     return asyncio.create_task(events())
+
+
+async def all_of(events: AsyncIterator[Event]) -> list[Event]:
+    return [event async for event in events]
 
 
 def steps_of(events: list[Event]) -> list[int]:
@@ -232,6 +258,54 @@ async def test_a_video_that_gave_way_pays_no_attempt_for_a_break_under_the_pictu
     assert engine.metrics.counted == [1, 4, 1, 1, 1, 1], "the picture's are counted at once"
     assert gang.began == ["video_1", PICTURE.id, PICTURE.id, "video_1"]
     await picture
+
+
+STYLE = (LoRASpec(nickname="style", identity="style@1"),)
+
+
+async def test_a_job_that_is_left_while_its_adapters_are_merged_is_not_computed(engine: Engine) -> None:
+    gang = engine.gang
+    gang.may_merge.clear()
+    left = asyncio.create_task(anext(engine.generate(PICTURE.model_copy(update={"lora": STYLE}), {}, False)))
+    await until(lambda: gang.merging == [STYLE])
+    left.cancel()
+    gang.may_merge.set()
+    gang.allow(4)
+    await asyncio.wait_for(asked_for(engine), 5)
+    assert gang.began == ["video_1"]
+
+
+async def test_a_break_while_a_paused_video_gets_its_adapters_back_is_an_attempt_from_the_first_step(
+    engine: Engine,
+) -> None:
+    gang = engine.gang
+    video = VIDEO.model_copy(update={"lora": STYLE})
+    made = asyncio.create_task(all_of(engine.generate(video, {}, True)))
+    gang.allow(1)
+    await until(lambda: engine.metrics.counted == [1])
+    picture = asyncio.create_task(anext(engine.generate(PICTURE, {}, False)))
+    await until(lambda: len(engine.schedule) > 0)
+    gang.merge_breaks_it = STYLE
+    gang.allow(10)
+    assert steps_of(await asyncio.wait_for(made, 5)) == [0, 1, 0, 1, 2, 3, 4]
+    assert engine.metrics.counted == [1, 4, 1, 1, 1, 1]
+    assert gang.began == ["video_1", PICTURE.id, "video_1"]
+    assert gang.discarded == [], "the ranks that held its latents are gone"
+    await picture
+
+
+async def test_a_paused_video_that_is_left_frees_what_the_ranks_hold_of_it(engine: Engine) -> None:
+    gang = engine.gang
+    video = asked_for(engine)
+    gang.allow(1)
+    await until(lambda: engine.metrics.counted == [1])
+    picture = asyncio.create_task(anext(engine.generate(PICTURE, {}, False)))
+    gang.allow(1)
+    await until(lambda: gang.began == ["video_1", PICTURE.id])
+    video.cancel()
+    await until(lambda: gang.discarded == ["video_1"])
+    gang.allow(4)
+    await asyncio.wait_for(picture, 5)
 
 
 async def test_an_engine_whose_work_has_ended_is_unhealthy(engine: Engine) -> None:

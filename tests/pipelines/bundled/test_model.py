@@ -15,10 +15,10 @@ from benchmarks.bundled_score import nearest_colour
 from configs.model_family import family_in
 from configs.server_args import ServerArgs
 from deployments.command.generate import load
-from pipelines.bundled import model_directory
 from pipelines.bundled.scenes.backgrounds import COLOURS
 from pipelines.generation.generation import generate as run
 from pipelines.job import Job, Result, Task
+from pipelines.model.bundled import model_directory
 from tests.e2e.pictures import pixels
 from tests.tasks import SIZE, generate
 
@@ -35,7 +35,7 @@ def test_it_is_small_and_without_pickles() -> None:
 
 
 def test_it_is_found_without_torch() -> None:
-    code = "import sys; from pipelines.bundled import model_directory; print(model_directory(), 'torch' in sys.modules)"
+    code = "import sys, pipelines.model.bundled as bundled; print(bundled.model_directory(), 'torch' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.split() == [str(model_directory()), "False"]
 

@@ -20,8 +20,8 @@ from deployments.engine.rank import Rank
 from deployments.errors import APIError
 from deployments.interfaces import LoadedAdapter
 from lora.factors import Delta, Factors
-from pipelines.bundled import model_directory
 from pipelines.job import LoRASpec
+from pipelines.model.bundled import model_directory
 from tests.deployments.engine.gang.ranks import events_of, job, on
 from tests.lora.adapters import train
 
