@@ -122,13 +122,24 @@ class Server:
 def marked_processes(mark: str, title: str = "") -> list[psutil.Process]:
     """Every living process with this `MARK` in its environment, whose title starts with `title`.
 
-    Their `info` dates from the listing: any of them may end at any moment.
+    One that stands by for a fork is left out, and the fork is there: see `tests/warm_workers`. Their `info` dates from
+    the listing: any of them may end at any moment.
     """
+    listed = {process.pid: process for process in psutil.process_iter(["cmdline", "environ", "name"])}
+    marked = [
+        process
+        for process in listed.values()
+        if (process.info["environ"] or {}).get(MARK) == mark  # a dead process has an empty one, or none
+    ]
+    names = [process.info["name"].split() for process in marked]
+    actual = [
+        listed.get(int(name[1])) if name[0] == "forked" else process
+        for process, name in zip(marked, names, strict=True)
+    ]
     return [
         process
-        for process in psutil.process_iter(["cmdline", "environ"])
-        if (process.info["environ"] or {}).get(MARK) == mark  # a dead process has an empty one, or none
-        and " ".join(process.info["cmdline"] or ()).startswith(title)
+        for process in actual
+        if process is not None and " ".join(process.info["cmdline"] or ()).startswith(title)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -51,7 +52,8 @@ def deployed() -> Iterator[Server]:
         (folder / "serve_config.yaml").write_text(yaml.safe_dump(config))
         command = [str(Path(sys.executable).with_name("serve")), "run", "serve_config.yaml"]
         # Ray looks for a running cluster in its folder for temporary files, and must not find one.
-        environment = {"PYTHONPATH": str(CONFIG.parent), "RAY_TMPDIR": name, "RAY_AUTH_MODE": "disabled"}
+        modules = os.pathsep.join((str(CONFIG.parent), os.environ["PYTHONPATH"]))
+        environment = {"PYTHONPATH": modules, "RAY_TMPDIR": name, "RAY_AUTH_MODE": "disabled"}
         with running(command, port, folder, is_ready, working_folder=folder, environment=environment) as server:
             yield server
             processes = server.processes()
