@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,17 @@ def load(directory: Path):
     return load
 
 
+@pytest.fixture(scope="module")
+def made(load):
+    """What a model makes, once for all tests that ask for the same."""
+
+    @cache
+    def made(name: str, task: Task, **parameters: Any) -> np.ndarray:
+        return generate(*load(name), task, **parameters)
+
+    return made
+
+
 @pytest.fixture(autouse=True)
 def small_reference_images() -> Iterator[None]:
     with tiny_models.small_reference_images():
@@ -45,32 +57,27 @@ def small_reference_images() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("name", "task"), TASKS)
-def test_a_task_gives_a_picture_or_clip_that_follows_seed_and_prompt(load, name: str, task: Task) -> None:
-    pipeline, family = load(name)
-    frames = generate(pipeline, family, task)
+def test_a_task_gives_a_picture_or_clip_that_follows_seed_and_prompt(load, made, name: str, task: Task) -> None:
+    frames = made(name, task)
     assert frames.shape == (FRAMES if task.is_video else 1, SIZE, SIZE, 3)
     assert np.isfinite(frames).all()
     assert frames.std() > 0.05
-    np.testing.assert_array_equal(frames, generate(pipeline, family, task))
-    assert np.abs(frames - generate(pipeline, family, task, seed=2)).mean() > 0.01
-    assert np.abs(frames - generate(pipeline, family, task, prompt="рояль 🎹 на сцене")).max() > 1 / 255
+    np.testing.assert_array_equal(frames, generate(*load(name), task))
+    assert np.abs(frames - made(name, task, seed=2)).mean() > 0.01
+    assert np.abs(frames - made(name, task, prompt="рояль 🎹 на сцене")).max() > 1 / 255
 
 
 @pytest.mark.parametrize(("name", "task"), [(n, t) for n, t in TASKS if not t.value.startswith("text_to")])
-def test_what_is_made_of_an_image_depends_on_it(load, name: str, task: Task) -> None:
-    pipeline, family = load(name)
+def test_what_is_made_of_an_image_depends_on_it(made, name: str, task: Task) -> None:
     # With 4 steps, unlike with 2, every default strength but 1 skips the first, which starts from noise alone.
-    red, blue = (
-        generate(pipeline, family, task, colors=(color,), num_inference_steps=4) for color in ("crimson", "navy")
-    )
+    red, blue = (made(name, task, colors=(color,), num_inference_steps=4) for color in ("crimson", "navy"))
     assert np.abs(red - blue).max() > 1 / 255
 
 
 @pytest.mark.parametrize(("name", "task"), [(n, t) for n, t in TASKS if t is Task.INPAINT])
-def test_inpainting_changes_what_is_white_in_the_mask_and_keeps_the_rest(load, name: str, task: Task) -> None:
+def test_inpainting_changes_what_is_white_in_the_mask_and_keeps_the_rest(made, name: str, task: Task) -> None:
     """Compares the outermost columns: next to the mask's edge, the VAE sees both sides."""
-    pipeline, family = load(name)
-    one, other = (generate(pipeline, family, task, seed=seed) for seed in (1, 2))
+    one, other = made(name, task), made(name, task, seed=2)
     freed, kept = (np.abs(one - other)[:, :, columns].mean() for columns in (slice(0, 8), slice(-8, None)))
     assert kept < freed / 2
 
@@ -79,10 +86,9 @@ def test_inpainting_changes_what_is_white_in_the_mask_and_keeps_the_rest(load, n
     ("name", "task"),
     [(n, t) for n, t in TASKS if t in (Task.IMAGE_EDIT, Task.INPAINT) and FAMILY[n].max_images > 1],
 )
-def test_an_edit_takes_as_many_images_as_its_family_says(load, name: str, task: Task) -> None:
-    pipeline, family = load(name)
-    colors = ("crimson", "navy", "gold", "teal", "plum", "peru")[: family.max_images]
-    one, all_of_them = generate(pipeline, family, task), generate(pipeline, family, task, colors=colors)
+def test_an_edit_takes_as_many_images_as_its_family_says(made, name: str, task: Task) -> None:
+    colors = ("crimson", "navy", "gold", "teal", "plum", "peru")[: FAMILY[name].max_images]
+    one, all_of_them = made(name, task), made(name, task, colors=colors)
     assert all_of_them.shape == one.shape
     assert np.abs(one - all_of_them).max() > 1 / 255
 

@@ -60,16 +60,28 @@ class Report:
 
 class Storm:
     """Seeded jobs of all kinds from `clients` clients, against a running server: at least `jobs`, and as many as it
-    takes until a process of each kind was lost."""
+    takes until a process of each kind was lost. A client waits up to `pause` seconds before each job."""
 
-    def __init__(self, server: Server, *, seed: int, jobs: int, clients: int, victims: Sequence[str] = tuple(VICTIMS)):
+    def __init__(
+        self,
+        server: Server,
+        *,
+        seed: int,
+        jobs: int,
+        clients: int,
+        pause: float = 0.0,
+        victims: Sequence[str] = tuple(VICTIMS),
+    ):
         self.server = server
         self.jobs = jobs
         self.clients = clients
+        self.pause = pause
         self.victims = victims
         self.report = Report()
         self._seed = seed
         self._numbers = itertools.count()
+        self._pictures: set[int] = set()
+        """Numbers of those that are being made."""
         self._over = threading.Event()
 
     def run(self) -> Report:
@@ -92,15 +104,19 @@ class Storm:
         with self._client() as client:
             while (number := next(self._numbers)) < self.jobs or len(self.report.losses) < len(self.victims):
                 chance = random.Random(f"{self._seed} {number}")
+                time.sleep(chance.uniform(0, self.pause))
                 self._check(client, Task(number, chance.choice(list(KINDS)), chance.randrange(SEEDS)), expected)
 
     def _check(self, client: OpenAI, task: Task, expected: Mapping[tuple[str, int], bytes]) -> None:
         started = time.monotonic()
+        if task.kind != "clip":
+            self._pictures.add(task.number)
         try:
             if KINDS[task.kind](client, task) != expected[task.kind, task.seed]:
                 self.report.wrong.append(str(task))
         except Exception as error:
             self.report.lost.append(f"{task}: {error!r}")
+        self._pictures.discard(task.number)
         if time.monotonic() - started > PATIENCE_SECONDS:
             self.report.hung.append(str(task))
         self.report.jobs += 1
@@ -116,13 +132,17 @@ class Storm:
         )
 
     def _kill(self) -> None:
+        """A picture is restarted once, so none may be struck twice, however slow the machine is."""
         turn = 0
         chance = random.Random(self._seed)
         while not self._over.wait(chance.uniform(1, 4)):
             kind = self.victims[turn % len(self.victims)]
             if lose(self.server, kind):
                 turn += 1
+                struck = set(self._pictures)
                 self.report.losses.append((kind, self._seconds_to_ready()))
+                while struck & self._pictures:
+                    time.sleep(0.1)
 
     def _seconds_to_ready(self) -> float:
         """Poll until `/ready` says yes. After 0.2 s it may still do so: a hung rank is noticed late.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Work:
 
 
 def leave_work(server: Server) -> Work:
-    """A finished video, a running one and a queued one."""
+    """A finished video, a running one and a queued one. The rank stands still, so that they stay what they are."""
     long = {"seed": 1, "num_inference_steps": 100}
     expected = server.clip(**long)
     finished = server.wait_for_video(server.create_video(seed=2)["id"])
@@ -40,6 +40,9 @@ def leave_work(server: Server) -> Work:
     running = server.create_video(**long)["id"]
     queued = server.create_video(seed=2)["id"]
     server.wait_for_video(running, until=lambda video: video["progress"] >= 5)
+    (rank,) = server.ranks()
+    rank.suspend()
+    assert server.video(running)["status"] == "in_progress"
     assert server.video(queued)["status"] == "queued"
     return Work(finished, running, queued, {finished["id"]: clip, running: expected, queued: clip})
 
@@ -61,6 +64,9 @@ def assert_ends(server: Server, signal_number: int) -> None:
     status = server.stop(signal_number)
     assert time.monotonic() - started < STOP_SECONDS
     assert status == 0, server.log.read_text()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.resume()  # one that stands still cannot end
     psutil.wait_procs(processes, timeout=STOP_SECONDS)
     assert server.processes() == []
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -93,6 +94,24 @@ def make_directory_once(directory: Path, fill: Callable[[Path], None]) -> Path:
             if not directory.exists():
                 raise
     return directory
+
+
+@contextmanager
+def small_megapixel(pipeline_class: type[DiffusionPipeline]) -> Iterator[None]:
+    """Within it, `pipeline_class` takes 64x64 pixels for the megapixel to which it scales larger images.
+
+    That is a constant in the code of its `__call__`.
+    """
+    call = pipeline_class.__call__
+    plain = inspect.unwrap(call)
+    code = plain.__code__
+    constants = tuple(64 * 64 if value == 1024 * 1024 else value for value in code.co_consts)
+    assert constants != code.co_consts
+    plain.__code__ = code.replace(co_consts=constants)
+    try:
+        yield
+    finally:
+        plain.__code__ = code
 
 
 @contextmanager

@@ -18,7 +18,9 @@ class Comparison:
     """Of the result: equal results have equal digests."""
 
 
-def compare(result: Tensor, expected: Tensor) -> Comparison:
+def compare(result: Tensor, expected: Tensor | None) -> Comparison:
+    """Ranks whose result is only held against rank 0's, by its digest, need not compute what is `expected`."""
+    expected = result if expected is None else expected
     # numpy has no bfloat16, and float64 holds it exactly.
     result, expected = result.double(), expected.double()
     return Comparison(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -33,8 +34,9 @@ def latents(model: Model, task: Task) -> Tensor:
     )[0]
 
 
-def compare_latents(mesh: Mesh, path: Path, task: Task, expected: Tensor) -> Comparison:
-    """This rank's latents of the model saved at `path` against those of one rank."""
+@lru_cache(maxsize=1)
+def sharded_model(mesh: Mesh, path: Path) -> Model:
+    """The model saved at `path`, for the test after as well. None may change it."""
     dims = mesh.dims
     args = ServerArgs(
         model_path=str(path),
@@ -45,5 +47,10 @@ def compare_latents(mesh: Mesh, path: Path, task: Task, expected: Tensor) -> Com
         ring_degree=dims.ring_degree,
         enable_cfg_parallel=dims.cfg_degree == 2,
     )
+    return load_model(args, mesh)
+
+
+def compare_latents(mesh: Mesh, path: Path, task: Task, expected: Tensor) -> Comparison:
+    """This rank's latents of the model saved at `path` against those of one rank."""
     with tiny_models.small_reference_images():
-        return compare(latents(load_model(args, mesh), task), expected)
+        return compare(latents(sharded_model(mesh, path), task), expected)

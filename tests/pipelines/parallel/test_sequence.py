@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._dynamo
 from diffusers import UNet2DConditionModel, WanTransformer3DModel
+from diffusers.models.attention_dispatch import attention_backend
 from torch._dynamo.testing import CompileCounter
 
 from configs.parallel import ParallelDims
@@ -33,10 +34,10 @@ DIMS = {"ulysses 4": ULYSSES, "ring 4": RING, "2x2": BOTH}
 
 
 def compare_with_one_rank(mesh: Mesh, name: str, all_sizes: list[Sizes]) -> list[Comparison]:
-    """Forwards of the same sharded transformer, one after the other."""
+    """Forwards of the same sharded transformer, one after the other. Rank 0 computes the whole ones too."""
     transformer = forwards.transformer(name)
     arguments = [forwards.arguments(name, sizes) for sizes in all_sizes]
-    expected = [forwards.output(transformer, each) for each in arguments]
+    expected = [forwards.output(transformer, each) if mesh.rank == 0 else None for each in arguments]
     shard_sequence(transformer, mesh)
     return [compare(forwards.output(transformer, each), whole) for each, whole in zip(arguments, expected, strict=True)]
 
@@ -76,11 +77,12 @@ def test_weights_in_bfloat16_differ_by_their_rounding(gang: Gang, name: str, dim
 
 def compare_with_backend(mesh: Mesh, name: str, backend: str) -> Comparison:
     transformer, reference = forwards.transformer(name), forwards.transformer(name)
-    for each in (transformer, reference):
-        each.set_attention_backend(backend)
-    shard_sequence(transformer, mesh)
     arguments = forwards.arguments(name, UNEVEN)
-    return compare(forwards.output(transformer, arguments), forwards.output(reference, arguments))
+    with attention_backend(backend):  # `set_attention_backend` would leave it to all models of this process
+        for each in (transformer, reference):
+            each.set_attention_backend(backend)
+        shard_sequence(transformer, mesh)
+        return compare(forwards.output(transformer, arguments), forwards.output(reference, arguments))
 
 
 @pytest.mark.parametrize("backend", ["_native_math", "flex"])
@@ -112,6 +114,8 @@ def compare_compiled(mesh: Mesh, name: str, all_sizes: list[Sizes]) -> tuple[lis
     """Also return the number of graphs that were compiled."""
     torch._dynamo.reset()
     transformer = forwards.transformer(name)
+    if name == "Wan T2V":  # the first block and the last are compiled differently, those between like the last
+        del transformer.blocks[1:-1]
     arguments = [forwards.arguments(name, sizes) for sizes in all_sizes]
     expected = [forwards.output(transformer, each) for each in arguments]
     shard_sequence(transformer, mesh)
