@@ -69,6 +69,7 @@ def file_of(item: pytest.Item) -> str:
     return item.path.relative_to(item.config.rootpath).as_posix()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups, and before `-m` reads the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group the tests for pytest-xdist, and within a group those that need the same mesh: it is made anew for each."""
     groups = groups_of(items)

@@ -19,6 +19,9 @@ from tests.e2e.server import Server, running_server
 
 STOP_SECONDS = 10.0
 
+PULSE_SECONDS = 0.03
+"""How long a rank that stands still computes at a time: some steps of a hundred."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -37,11 +40,15 @@ def leave_work(server: Server) -> Work:
     expected = server.clip(**long)
     finished = server.wait_for_video(server.create_video(seed=2)["id"])
     clip = server.http.get(f"/v1/videos/{finished['id']}/content").content
-    running = server.create_video(**long)["id"]
-    queued = server.create_video(seed=2)["id"]
-    server.wait_for_video(running, until=lambda video: video["progress"] >= 5)
     (rank,) = server.ranks()
     rank.suspend()
+    running = server.create_video(**long)["id"]
+    queued = server.create_video(seed=2)["id"]
+    while server.video(running)["progress"] < 5:
+        rank.resume()
+        time.sleep(PULSE_SECONDS)
+        rank.suspend()
+        time.sleep(10 * PULSE_SECONDS)  # what it has reported arrives
     assert server.video(running)["status"] == "in_progress"
     assert server.video(queued)["status"] == "queued"
     return Work(finished, running, queued, {finished["id"]: clip, running: expected, queued: clip})
