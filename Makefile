@@ -9,7 +9,7 @@ PYTHON ?= python3
 ARGS ?=
 # All tests run in two workers, which is what two cores can take; a choice of them (ARGS) in one, unless it says more.
 WORKERS ?= $(if $(ARGS),0,2)
-DISTRIBUTION := --dist loadgroup --no-loadscope-reorder
+DISTRIBUTION := --dist loadscope --no-loadscope-reorder
 CONSTRAINTS := .ci/constraints.txt
 LITELLM_CONSTRAINTS := .ci/constraints-litellm.txt
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -44,48 +45,57 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         folder.cleanup()
 
 
-SHARED = ("server", "four_ranks", "painter", "gang_of_two", "ray_cluster", "gang")
-"""Fixtures that start processes for the tests of several files."""
+GROUPS = {
+    "tests/e2e/test_queue.py": "gang_of_two",
+    "tests/e2e/test_lora_two_experts.py": "gang_of_two",
+    "tests/e2e/test_two_nodes.py": "two_nodes",
+    "tests/e2e/test_guards.py": "guards",
+    "tests/e2e": "server",
+    "tests/chaos": "chaos",
+    "tests/pipelines/parallel": "gang",
+    "tests/deployments/command/test_preconditions.py": "ray_cluster",
+    "tests/deployments/command/test_proxy.py": "ray_cluster",
+    "tests/deployments/engine/gang": "ray_cluster",
+    "tests/deployments/state/state/test_failures.py": "ray_cluster",
+    "tests/deployments/state/test_actor.py": "ray_cluster",
+    "tests/deployments/test_app.py": "ray_cluster",
+}
+"""Files and folders whose tests share what takes long to start, with the group that they run in: a group runs in one of
+pytest-xdist's workers, one test after the other. The first that fits counts; any other file is a group of its own."""
 
-LONGEST = ("server", "tests/chaos/test_chaos.py", "gang", "tests/e2e/test_two_nodes.py", "ray_cluster", "gang_of_two")
-"""Groups that begin first, by a member, so that no worker is left alone with one of them at the end."""
-
-
-def groups_of(items: list[pytest.Item]) -> dict[str, str]:
-    """The group of each file. The tests of a group run in one worker, one after the other: those of a file, and of all
-    files that need the same shared fixture. Each such fixture is then made once."""
-    fixtures: dict[str, set[str]] = {}
-    for item in items:
-        fixtures.setdefault(file_of(item), set()).update({*SHARED} & {*getattr(item, "fixturenames", ())})
-    names = {name: name for name in SHARED}
-    for needed in fixtures.values():
-        if needed:
-            joined, *others = sorted({names[name] for name in needed}, key=SHARED.index)
-            names = {name: joined if group in others else group for name, group in names.items()}
-    return {file: names[min(needed)] if needed else file for file, needed in fixtures.items()}
-
-
-def file_of(item: pytest.Item) -> str:
-    return item.path.relative_to(item.config.rootpath).as_posix()
+LONGEST = ("server", "chaos", "gang", "two_nodes", "ray_cluster", "gang_of_two", "guards")
+"""Groups that begin first, so that no worker is left alone with one of them at the end."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups, and before `-m` reads the markers
+def group_of(nodeid: str) -> str:
+    file = nodeid.split("::")[0]
+    return next((group for path, group in GROUPS.items() if file == path or file.startswith(f"{path}/")), file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """By group. xdist's own `--dist loadgroup` writes the group into a test's id, which pytest 9.2 does not let it."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class LoadGroups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return LoadGroups(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` reads the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for pytest-xdist, and within a group those that need the same mesh: it is made anew for each."""
-    groups = groups_of(items)
+    """Longest groups first, and within the gang's those that need the same mesh together: it is made anew for each."""
 
     def place(item: pytest.Item) -> tuple[int, str]:
-        group = groups[file_of(item)]
-        first = LONGEST.index(group) if group in LONGEST else len(LONGEST)
+        group = group_of(item.nodeid)
         parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        return first, str(parameters.get("dims", "")) if group == "gang" else ""
+        mesh = str(parameters.get("dims", "")) if group == "gang" else ""
+        return LONGEST.index(group) if group in LONGEST else len(LONGEST), mesh
 
     items.sort(key=place)
     for item in items:
-        group = groups[file_of(item)]
-        item.add_marker(pytest.mark.xdist_group(group))
-        starts_processes = group in SHARED or item.path.is_relative_to(Path(__file__).with_name("e2e"))
-        if starts_processes or item.get_closest_marker("e2e") or item.path.parent.name == "chaos":
+        if group_of(item.nodeid) in LONGEST or item.get_closest_marker("e2e"):
             item.add_marker(pytest.mark.processes)
 
 
