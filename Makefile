@@ -27,6 +27,8 @@ test quick coverage: export HF_HUB_OFFLINE := 1
 # starts some in reserve.
 test quick coverage: export RAY_worker_niceness := 0
 test quick coverage: export RAY_prestart_worker_first_driver := 0
+# Serve kills a proxy that is not ready after 5 s, and a server's start with it: beside another one's start, it may not be.
+test quick coverage: export RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S := 60
 # Servers and ranks of several tests share the cores: threads that wait must not spin, and for tiny models one is best.
 test quick coverage: export OMP_WAIT_POLICY := PASSIVE
 test quick coverage: export OMP_NUM_THREADS := 1
