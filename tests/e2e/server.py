@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,9 @@ ANSWER_SECONDS = 300.0
 FLOAT32 = ("--dtype", "fp32")
 """Flags of servers whose pixels are compared, on one rank and on four: bfloat16, the default on CPUs with AMX, rounds
 differently for different shapes."""
+
+STANDS_BY = re.compile(r"forked (\d+)")
+"""Name of a process that stands by for its fork, with the fork's id."""
 
 MARK = "DITSERVE_TEST_SERVER"
 """Environment variable that marks a server's processes, even when their parents are gone."""
@@ -131,10 +135,9 @@ def marked_processes(mark: str, title: str = "") -> list[psutil.Process]:
         for process in listed.values()
         if (process.info["environ"] or {}).get(MARK) == mark  # a dead process has an empty one, or none
     ]
-    names = [process.info["name"].split() for process in marked]
     actual = [
-        listed.get(int(name[1])) if name[0] == "forked" else process
-        for process, name in zip(marked, names, strict=True)
+        listed.get(int(fork[1])) if (fork := STANDS_BY.fullmatch(process.info["name"] or "")) else process
+        for process in marked
     ]
     return [
         process

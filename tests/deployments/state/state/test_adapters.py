@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,13 +33,6 @@ def args(tmp_path: Path) -> ServerArgs:
 @pytest.fixture
 def engine(tmp_path: Path) -> LoadingEngine:
     return LoadingEngine(tmp_path)
-
-
-@pytest.fixture
-async def state(args: ServerArgs, engine: LoadingEngine) -> AsyncIterator[State]:
-    state = State(args, lambda: engine)
-    yield state
-    await state.close()
 
 
 def clip(video_id: str, lora: tuple[LoRASpec, ...]) -> Job:
